@@ -23,6 +23,7 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- the benchmark
@@ -115,7 +116,655 @@ def check_names(names):
         dataset(name)
     return list(dict.fromkeys(names))
 
-# SCORING GOES HERE
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+PROMPT = {  # --prompt FILE.json replaces any of these
+    "item": "{n}. {text}",
+    "join": "\n",
+    "prompt": "A user liked these items, oldest first:\n{history}\n\nWould the user also like this item?\n{candidate}\n\n"
+              "Answer with Yes or No.\nAnswer:",
+    "user": "A user liked these items, oldest first:\n{history}",
+    "candidate": "{candidate}",
+    "answers": [" Yes", " No"],
+    "special_tokens": True,  # the tokenizer adds its own, such as BOS
+}
+TEXT_LIMIT = 512  # characters of an item text that a prompt may hold
+
+
+def load_prompt(path=None):
+    """PROMPT, with the entries of the JSON file at path instead of its own. Raises UserError on a wrong key or value."""
+    own = read_json(path) if path else {}
+    if not isinstance(own, dict) or not set(own) <= set(PROMPT):
+        raise UserError(f"{path}: a prompt file is a JSON object with keys out of {', '.join(PROMPT)}")
+    prompt = {**PROMPT, **own}
+    wrong = [key for key in prompt if type(prompt[key]) is not type(PROMPT[key])]
+    if wrong or len(prompt["answers"]) != 2 or not all(isinstance(word, str) and word for word in prompt["answers"]):
+        raise UserError(f"{path}: wrong value for {', '.join(wrong) or 'answers'}; the type is that of "
+                        f"{json.dumps({key: PROMPT[key] for key in wrong or ['answers']})}")
+    for key, places in {"item": ["text"], "prompt": ["history", "candidate"], "user": ["history"], "candidate": ["candidate"]}.items():
+        for place in places:
+            if "{%s}" % place not in prompt[key]:
+                raise UserError(f'{path}: "{key}" lacks {{{place}}}')
+    return prompt
+
+
+def fill(template, **values):
+    """Insert values at {name} in one pass: braces inside a value, even "{candidate}", stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+def history_lines(prompt, history):
+    """The history (texts, oldest first) as numbered lines."""
+    return prompt["join"].join(fill(prompt["item"], n=n, text=text) for n, text in enumerate(history, 1))
+
+
+def candidate_prompts(prompt, history, candidates):
+    """One prompt a candidate: each shows the whole history and that candidate (section 3, prompt-based)."""
+    lines = history_lines(prompt, history)
+    return [fill(prompt["prompt"], history=lines, candidate=text) for text in candidates]
+
+
+def shorten(encode, render, history, candidates, limit):
+    """Make a user's longest text fit `limit` tokens: drop the oldest items; if one is left and is too long, halve texts.
+
+    encode: texts -> token ids; render: (history, candidates) -> texts. Returns (token ids of each text, number of items
+    dropped, number of times halved). All texts of a user are cut alike, so they still share their history.
+    """
+    longest = lambda drop: max(map(len, encode(render(history[drop:], candidates))))
+    dropped = bisect_left(range(len(history) - 1), True, key=lambda drop: longest(drop) <= limit)
+    history, halved = history[dropped:], 0
+    while max(map(len, ids := encode(render(history, candidates)))) > limit:
+        if not any(history) and not any(candidates):
+            raise UserError(f"the prompt alone is longer than {limit} tokens: raise --max-length or shorten the prompt")
+        history, candidates = [text[:len(text) // 2] for text in history], [text[:len(text) // 2] for text in candidates]
+        halved += 1
+    return ids, dropped, halved
+
+
+def answer_token(tokenizer, context, word):
+    """The id that stands for an answer word after the text `context`.
+
+    (a) tokens(context + word) = tokens(context) + one id: that id; (b) else the word's own entry in the vocabulary;
+    (c) else UserError with the tokens.
+    """
+    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + word))
+    if after[:-1] == before:
+        return after[-1]
+    vocabulary = tokenizer.get_vocab()
+    if (entry := next((w for w in (word, word.strip()) if w in vocabulary), None)) is not None:
+        return vocabulary[entry]
+    raise UserError(f"the answer {word!r} is no single token: ...{tokenizer.convert_ids_to_tokens(before)[-3:]} becomes "
+                    f'...{tokenizer.convert_ids_to_tokens(after)[-5:]}; choose other "answers" with --prompt')
+
+# ---------------------------------------------------------------------------------------------------- prompt scoring
+
+# One row of a forward pass: token lists `rests` that each continue `prefix`, and `places`, where their results belong.
+Row = namedtuple("Row", "prefix rests places")
+
+
+def pack(prompts, places, max_tokens):
+    """Rows that hold every prompt of one user once: their longest common token prefix, then what is left of each.
+
+    prompts: token lists, tokenised whole, so the result is that of separate prompts for any tokenizer. A rest keeps at
+    least one token, where the answer is read. A row longer than max_tokens is split into several with the same prefix.
+    """
+    first, last = min(prompts), max(prompts)  # what the extremes in alphabetical order share, all share
+    differ = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
+    prefix = first[:min(differ, min(map(len, prompts)) - 1)]
+    rows, size = [], math.inf
+    for prompt, place in zip(prompts, places):
+        rest = prompt[len(prefix):]
+        if size + len(rest) > max_tokens:
+            rows.append(Row(prefix, [], []))
+            size = len(prefix)
+        rows[-1].rests.append(rest)
+        rows[-1].places.append(place)
+        size += len(rest)
+    return rows
+
+
+def row_length(row):
+    """Tokens of a row."""
+    return len(row.prefix) + sum(map(len, row.rests))
+
+
+def fill_batches(lengths, max_tokens):
+    """Indices in batches of like lengths, longest first, so that rows x longest <= max_tokens (one row at least)."""
+    batches = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def lay_out(rows, pad):
+    """Rows as arrays (rows, longest): token ids, segment (0 prefix, 1.. rests, -1 padding), position; and answer places.
+
+    Positions restart after the prefix in every rest. The answers: (row, column) of the last token of each rest.
+    """
+    shape = len(rows), max(map(row_length, rows))
+    ids, segment, position = np.full(shape, pad), np.full(shape, -1), np.zeros(shape, int)
+    answers = []
+    for r, row in enumerate(rows):
+        shared = end = len(row.prefix)
+        ids[r, :end], segment[r, :end], position[r, :end] = row.prefix, 0, np.arange(end)
+        for number, rest in enumerate(row.rests, 1):
+            start, end = end, end + len(rest)
+            ids[r, start:end], segment[r, start:end] = rest, number
+            position[r, start:end] = np.arange(shared, shared + len(rest))
+            answers.append((r, end - 1))
+    return ids, segment, position, np.array(answers)
+
+
+def packed_mask(segment):
+    """Who sees whom: a boolean tensor (rows, 1, length, length) from the segments (rows, length).
+
+    A token sees what stands before it in the prefix and in its own rest, and nothing of the other rests:
+
+        prefix a b, rests c d and e f        a b c d e f
+                                          a  1 . . . . .
+                                          b  1 1 . . . .
+                                          c  1 1 1 . . .        each rest computes exactly what it would
+                                          d  1 1 1 1 . .        compute in a prompt of its own, since its
+                                          e  1 1 . . 1 .        positions too continue the prefix
+                                          f  1 1 . . 1 1
+    """
+    query, key = segment[:, :, None], segment[:, None, :]
+    return (((key == 0) | (key == query)).tril())[:, None]
+
+
+def answer_gaps(scorer, rows):
+    """logit(yes) - logit(no) of every rest of the rows, in their order: a tensor (rests,), at least float32, with gradient."""
+    model, device = scorer.model, scorer.model.device
+    ids, segment, position, answers = lay_out(rows, scorer.tokenizer.pad_token_id or 0)
+    if scorer.family == "masked":
+        last = ids.shape[1] - 1 - np.argmax(ids[:, ::-1] == scorer.tokenizer.mask_token_id, 1)
+        answers[:, 1] = last
+    segment = torch.tensor(segment, device=device)
+    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segment >= 0).long()}
+    if scorer.packs:
+        mask = packed_mask(segment)
+        if model.config._attn_implementation != "sdpa":  # eager attention adds the mask
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=device).masked_fill(~mask, torch.finfo(model.dtype).min)
+        inputs.update(attention_mask=mask, position_ids=torch.tensor(position, device=device))
+    if scorer.family == "seq2seq":
+        inputs["decoder_input_ids"] = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
+        answers[:, 1] = 0
+    logits = model(**inputs).logits[answers[:, 0], answers[:, 1]]
+    return logits[:, 0] - logits[:, 1]
+
+
+def prompt_rows(scorer, users, max_tokens):
+    """Rows of the prompts of users [(history texts, candidate texts)], and counts of tokens and of what was cut.
+
+    The results' places count the candidates of all users in order. Without packing, each prompt is a row of its own.
+    """
+    render = functools.partial(candidate_prompts, scorer.prompt)
+    if scorer.family == "masked":
+        render = lambda history, candidates: [text + scorer.tokenizer.mask_token for text in
+                                              candidate_prompts(scorer.prompt, history, candidates)]
+    prompts, counts = encode_users(scorer, users, render)
+    rows, place = [], 0
+    for group in prompts:
+        places = range(place, place + len(group))
+        place += len(group)
+        rows += pack(group, places, max_tokens) if scorer.packs else [Row([], [p], [i]) for p, i in zip(group, places)]
+        counts["tokens_unpacked"] += sum(map(len, group))
+    counts["tokens_scored"] = sum(map(row_length, rows))
+    return rows, counts
+
+
+def encode_users(scorer, users, render):
+    """Token ids of render(history, candidates) for every user, cut to the scorer's limit; and how many users were cut."""
+    texts = [render(*user) for user in users]
+    flat = iter(scorer.encode([text for group in texts for text in group]))
+    ids, counts = [[next(flat) for _ in group] for group in texts], Counter()
+    for i, group in enumerate(ids):
+        if max(map(len, group)) > scorer.limit:
+            ids[i], dropped, halved = shorten(scorer.encode, render, *users[i], scorer.limit)
+            counts.update(histories=int(dropped > 0), halved=int(halved > 0))
+    return ids, counts
+
+
+def score_prompts(scorer, users):
+    """Prompt-based scores of users [(history texts, candidate texts)]: a float64 array (candidates of all users), counts."""
+    rows, counts = prompt_rows(scorer, users, scorer.max_tokens)
+    scores = np.zeros(sum(len(candidates) for _, candidates in users))
+    for batch in fill_batches([row_length(row) for row in rows], scorer.max_tokens):
+        batch = [rows[i] for i in batch]
+        with torch.inference_mode():
+            scores[[place for row in batch for place in row.places]] = answer_gaps(scorer, batch).double().cpu()
+    return scores, counts
+
+
+def packing_refusal(model, family, limit):
+    """Why a model's prompts must not be packed (None: they may).
+
+    Packing puts tokens at places that are not their positions: right only where attention depends on position_ids and
+    the mask alone. Not so for ALiBi (a bias by place) and for a sliding window that is shorter than a prompt.
+    """
+    config = model.config.get_text_config()
+    if family != "causal":
+        return "packing is for decoder-only models"
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
+        return "its positions cannot be set (ALiBi)"
+    if (getattr(config, "sliding_window", None) or math.inf) < limit:
+        return f"its sliding window ({config.sliding_window}) is shorter than --max-length ({limit})"
+    return None
+
+
+def check_packing(scorer, users):
+    """The scorer, without packing if one user, scored both ways, gets other scores: catches what nobody listed."""
+    user = max((user for user in users if len(user[1]) > 1), key=lambda u: sum(map(len, u[0] + u[1])), default=None)
+    if not scorer.packs or user is None:
+        return scorer
+    packed, plain = (score_prompts(scorer._replace(packs=packs), [user])[0] for packs in (True, False))
+    half = scorer.model.dtype in (torch.float16, torch.bfloat16)
+    if np.abs(packed - plain).max() <= (0.05 if half else 1e-4) * (1 + np.abs(plain).max()):
+        return scorer
+    say(f"packed and separate prompts differ by {np.abs(packed - plain).max():.3g} on {scorer.name}: scoring without packing")
+    return scorer._replace(packs=False)
+
+
+def answer_head(head, answers):
+    """The two rows of an LM head (torch.nn.Linear) that score the answers, in float32 (float64 stays).
+
+    The model's own forward then returns logits (..., 2) with its soft-capping, scaling and bias; bfloat16 logits would
+    tie, and ties distort AUC.
+    """
+    two = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=torch.promote_types(head.weight.dtype, torch.float32))
+    bias = getattr(head, "bias", None)
+    two.weight.data = head.weight.data[answers].to(two.weight.dtype)
+    two.bias.data = torch.zeros_like(two.bias) if bias is None else bias.data[answers].to(two.bias.dtype)
+    two.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
+    return two.requires_grad_(False)
+
+# ------------------------------------------------------------------------------------------------- embedding scoring
+
+
+def embed(scorer, ids):
+    """Embeddings of token lists: a tensor (texts, width), at least float32, with gradient.
+
+    Pooling "last": the state of the last token; "mean": the mean over tokens. Right padding is never pooled.
+    """
+    length = max(map(len, ids))
+    pad = scorer.tokenizer.pad_token_id or 0
+    tokens = torch.tensor([list(row) + [pad] * (length - len(row)) for row in ids], device=scorer.model.device)
+    size = torch.tensor([[len(row)] for row in ids], device=tokens.device)
+    mask = torch.arange(length, device=tokens.device) < size
+    states = scorer.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    if scorer.pooling == "last":
+        return states[torch.arange(len(ids)), size[:, 0] - 1]
+    return (states * mask[:, :, None]).sum(1) / size
+
+
+def embedding_tokens(scorer, histories, items):
+    """Token ids of the text of every history (list of texts) and of every item (text), and counts of what was cut."""
+    users, cut = encode_users(scorer, [(history, []) for history in histories],
+                              lambda history, _: [fill(scorer.prompt["user"], history=history_lines(scorer.prompt, history))])
+    texts, more = encode_users(scorer, [([], [item]) for item in items],
+                               lambda _, candidates: [fill(scorer.prompt["candidate"], candidate=candidates[0])])
+    return [group[0] for group in users + texts], cut + more
+
+
+def embed_all(scorer, ids):
+    """Embeddings of token lists, each encoded once, in batches by tokens: a float32 array (texts, width)."""
+    out = [None] * len(ids)
+    for batch in fill_batches([len(row) for row in ids], scorer.max_tokens):
+        with torch.inference_mode():
+            for index, vector in zip(batch, embed(scorer, [ids[i] for i in batch]).float().cpu().numpy()):
+                out[index] = vector
+    return out
+
+
+def score_embeddings(scorer, users, known):
+    """Embedding-based scores of users [(history texts, candidate texts)]: cosine(user, item) as float64, and counts.
+
+    known: {item text: embedding}, filled here, so that an item is encoded once over all calls.
+    """
+    histories = list(dict.fromkeys(tuple(history) for history, _ in users))
+    items = list(dict.fromkeys(text for _, candidates in users for text in candidates if text not in known))
+    ids, counts = embedding_tokens(scorer, [list(history) for history in histories], items)
+    vectors = embed_all(scorer, ids)
+    known.update(zip(items, vectors[len(histories):]))
+    user_vector = dict(zip(histories, vectors))
+    scores = [cosine(user_vector[tuple(history)], known[text]) for history, candidates in users for text in candidates]
+    counts["tokens_scored"] = sum(map(len, ids))
+    counts["tokens_unpacked"] = counts["tokens_scored"]
+    return np.array(scores), counts
+
+
+def cosine(a, b):
+    """a.b / (|a| |b|) in float64, 0 for a zero vector."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(a @ b / (math.sqrt(a @ a) * math.sqrt(b @ b) or 1.0))
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+MODELS = {  # short names; any hub id or local folder works too
+    "bert-base": "bert-base-uncased", "bert-large": "bert-large-uncased",
+    "opt-350m": "facebook/opt-350m", "opt-1.3b": "facebook/opt-1.3b",
+    "llama-7b": "huggyllama/llama-7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "llama-3.1-8b": "meta-llama/Meta-Llama-3.1-8B",
+    "qwen-2-0.5b": "Qwen/Qwen2-0.5B-Instruct", "qwen-2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
+    "qwen-2-7b": "Qwen/Qwen2-7B-Instruct", "deepseek-qwen-2-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "glm-4-9b": "THUDM/glm-4-9b-chat-hf", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "phi-2": "microsoft/phi-2", "phi-3-small": "microsoft/Phi-3-small-8k-instruct",  # needs --trust-remote-code
+    "recgpt-7b": "vinai/RecGPT-7B", "e5-base": "intfloat/e5-base-v2", "e5-large": "intfloat/e5-large-v2",
+    "sentence-bert": "efederici/sentence-bert-base",
+}
+
+# What scores: family is "causal", "masked" or "seq2seq"; encode: texts -> token lists; limit: tokens a prompt.
+Scorer = namedtuple("Scorer", "name model tokenizer family packs encode prompt pooling limit max_tokens")
+
+
+def load_scorer(args):
+    """A Scorer for args.model and args.type, in evaluation mode on args.device; flags as in shared_arguments.
+
+    Raises UserError where the model or its tokenizer cannot be loaded or, for prompts, has no LM head.
+    """
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    name, prompt = MODELS.get(args.model, args.model), load_prompt(args.prompt)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"auto": torch.bfloat16 if device.startswith("cuda") else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+    options = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        family = family_of(config)
+        loader = getattr(transformers, "AutoModel" + {
+            "embed": "ForTextEncoding" if family == "seq2seq" else "",
+            "prompt": {"causal": "ForCausalLM", "masked": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}[family]}[args.type])
+        model, info = loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {name} does not fit into the memory of {device}") from None
+    except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
+        raise UserError(f"model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from None
+    if args.type == "prompt" and info["missing_keys"]:
+        raise UserError(f"model {name} has no LM head ({sorted(info['missing_keys'])[0]} is missing): use --type embed")
+    if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
+        raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
+    model.config.use_cache = False
+    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template, args.type == "prompt" and family == "causal")
+    limit = min(args.max_length, max_positions(config, tokenizer))
+    packs = False
+    if args.type == "prompt":
+        context, words = fill(prompt["prompt"], history=fill(prompt["item"], n=1, text="x"), candidate="x"), prompt["answers"]
+        if args.chat_template:
+            context, words = chat(tokenizer, context), [word.strip() for word in words]
+        answers = [answer_token(tokenizer, context, word) for word in words]
+        if answers[0] == answers[1]:
+            raise UserError(f"both answers {words} are the token {tokenizer.convert_ids_to_tokens(answers)[0]!r}")
+        model.set_output_embeddings(answer_head(model.get_output_embeddings(), answers))
+        refusal = packing_refusal(model, family, limit)
+        packs = refusal is None
+        if refusal and family == "causal":
+            say(f"{name}: prompts are scored without packing: {refusal}")
+    pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
+    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, args.max_tokens)
+
+
+def family_of(config):
+    """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    decoder = (config.architectures or [""])[0].endswith(("CausalLM", "LMHeadModel"))
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder else "causal"
+
+
+def max_positions(config, tokenizer):
+    """The longest input in tokens that a model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if "roberta" in config.model_type:  # its positions start after the padding id
+        positions -= config.pad_token_id + 1
+    return min(positions, tokenizer.model_max_length)
+
+
+def chat(tokenizer, text):
+    """The text as a user's message in the tokenizer's own chat template, up to where the answer goes."""
+    if not tokenizer.chat_template:
+        raise UserError("--chat-template: this tokenizer has none")
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+
+
+def encode_texts(tokenizer, special_tokens, chat_template, open_ended, texts):
+    """Token ids of texts, tokenised whole. chat_template: wrapped by it, which brings its own BOS.
+
+    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off.
+    """
+    if chat_template:
+        texts, special_tokens = [chat(tokenizer, text) for text in texts], False
+    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
+    if open_ended and special_tokens and tokenizer.eos_token_id is not None:
+        ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    return ids
+
+# --------------------------------------------------------------------------------------------------------- baselines
+
+BASELINES = ("random", "popularity", "overlap")
+
+
+def baseline_scores(kind, seed, name, user, items, popularity):
+    """Scores of a user's candidates without a model, to read other numbers against: a list of float.
+
+    random: uniform on [0, 1) by hash; popularity: how often others chose the item (a Counter from count_popularity);
+    overlap: cosine of the word counts of the history and the candidate.
+    """
+    if kind == "random":
+        return [digest(seed, name, user["user"], "random", item) / 2**64 for item in user["candidates"]]
+    if kind == "popularity":
+        return [float(popularity[item]) for item in user["candidates"]]
+    words = lambda ids: Counter(word for item in ids for word in re.findall(r"\w+", items[item].lower()))
+    norm = lambda counts: math.sqrt(sum(n * n for n in counts.values())) or 1.0
+    history = words(user["history"])
+    candidates = [words([item]) for item in user["candidates"]]
+    return [sum(n * history[word] for word, n in c.items()) / (norm(history) * norm(c)) for c in candidates]
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+# What the metrics need of every sample: its user (0..users-1), label, how many candidates of the same user score higher
+# (above) or the same (tied, itself included), and how many of these are positive. Then users' sizes and positives.
+Ranks = namedtuple("Ranks", "user label above tied positives_above positives_tied size positives")
+
+
+def rank_candidates(scores, labels, users):
+    """Rank the candidates within each user. scores, labels (0/1), users: arrays (samples,); users in any order.
+
+    Raises UserError on NaN or infinite scores: they have no rank.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if not np.isfinite(scores).all():
+        raise UserError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are NaN or infinite")
+    user = np.unique(users, return_inverse=True)[1]
+    order = np.lexsort((-scores, user))
+    user, scores, label = user[order], scores[order], labels[order].astype(np.int64)
+    new_user = np.r_[True, user[1:] != user[:-1]]
+    group = np.cumsum(new_user | np.r_[True, scores[1:] != scores[:-1]]) - 1  # samples of one user that tie
+    start, first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]), np.flatnonzero(new_user)
+    before = np.r_[0, np.cumsum(label)]  # positives before a place in this order
+    end = np.r_[start[1:], len(user)]
+    return Ranks(user, label, (start - first[user[start]])[group], (end - start)[group],
+                 (before[start] - before[first[user[start]]])[group], (before[end] - before[start])[group],
+                 np.bincount(user), np.bincount(user, label).astype(np.int64))
+
+
+def auc(scores, labels):
+    """Area under the ROC curve over all samples: P(a positive scores above a negative) + 1/2 P(they tie).
+
+    auc = (1 / PN) sum over positives i of (#negatives below i + 1/2 #negatives tied with i). NaN with one class only.
+    """
+    r = rank_candidates(scores, labels, np.zeros(len(labels), int))
+    return float(group_auc(r)[0])
+
+
+def group_auc(r):
+    """Each user's own AUC (see auc); NaN where a user has one class only. The authors' code calls the mean GAUC."""
+    negatives = (r.size - r.positives)[r.user]
+    above, tied = r.above - r.positives_above, r.tied - r.positives_tied  # negatives only
+    return mean_by_user(r, (negatives - above - tied / 2) / np.where(negatives, negatives, np.nan))
+
+
+def mean_by_user(r, value):
+    """Mean of a value over each user's positives: an array (users,), NaN for users without a positive."""
+    return np.bincount(r.user, np.where(r.label == 1, value, 0.0)) / np.where(r.positives, r.positives, np.nan)
+
+
+def ndcg(r, k):
+    """nDCG@k = DCG@k / ideal DCG@k, DCG@k = sum over positives at rank i <= k of 1 / log2(i + 1), by user.
+
+    Ties: the expected DCG over random order, where a positive takes each rank of its tied group equally often.
+    """
+    discount = np.r_[0, np.cumsum(1 / np.log2(np.arange(2, k + 2)))]  # discount[n]: of ranks 1..n
+    to = lambda n: discount[np.minimum(n, k)]
+    dcg = (to(r.above + r.tied) - to(r.above)) / r.tied
+    return mean_by_user(r, dcg) * r.positives / np.where(r.positives, to(r.positives), 1)
+
+
+def recall(r, k):
+    """recall@k: the share of a user's positives among the first k; expected value over ties."""
+    return mean_by_user(r, np.clip(k - r.above, 0, r.tied) / r.tied)
+
+
+def first_positive(r, value):
+    """E[value(rank of the user's first positive)] over random order of ties, by user; NaN without a positive.
+
+    In the first tied group with p positives among g, at ranks a+1..a+g, the first positive comes j-th with probability
+    C(g-j, p-1) / C(g, p), here from the survival P(later than j) = prod over i < j of (g-p-i) / (g-i).
+    """
+    pick = np.flatnonzero((r.label == 1) & (r.positives_above == 0))
+    pick = pick[np.unique(r.user[pick], return_index=True)[1]]
+    a, g, p = r.above[pick], r.tied[pick], r.positives_tied[pick]
+    expected, later = np.zeros(len(pick)), np.ones(len(pick))
+    for j in range(1, int((g - p).max(initial=-1)) + 2):
+        hit = p / np.maximum(g - j + 1, p)
+        expected += later * hit * value(a + j)
+        later *= 1 - hit
+    out = np.full(len(r.size), np.nan)
+    out[r.user[pick]] = expected
+    return out
+
+
+def mrr(r):
+    """Reciprocal rank of the first positive, by user; expected value over ties."""
+    return first_positive(r, lambda rank: 1 / rank)
+
+
+def hit(r, k):
+    """hit@k: whether a positive is among the first k, by user; its probability over random order of ties."""
+    return first_positive(r, lambda rank: rank <= k)
+
+
+def lrap(r):
+    """Label-ranking average precision, by user: mean over positives i of (#positives scoring >= i) / (#candidates >= i).
+
+    As scikit-learn's, ties included (there they count against the model). The authors' code prints it as MRR.
+    """
+    return mean_by_user(r, (r.positives_above + r.positives_tied) / (r.above + r.tied))
+
+
+def logloss(scores, labels, users):
+    """Mean over a user's samples of -log P(label), P(yes) = 1 / (1 + exp(-score)), score = logit(yes) - logit(no)."""
+    user, scores = np.unique(users, return_inverse=True)[1], np.asarray(scores, np.float64)
+    return np.bincount(user, np.logaddexp(0, np.where(np.asarray(labels) == 1, -scores, scores))) / np.bincount(user)
+
+
+METRICS = {
+    "group_auc": group_auc, "ndcg@1": lambda r: ndcg(r, 1), "ndcg@5": lambda r: ndcg(r, 5), "ndcg@10": lambda r: ndcg(r, 10),
+    "mrr": mrr, "lrap": lrap, "recall@1": lambda r: recall(r, 1), "recall@5": lambda r: recall(r, 5),
+    "hit@1": lambda r: hit(r, 1), "hit@5": lambda r: hit(r, 5), "hit@10": lambda r: hit(r, 10),
+}  # each: Ranks -> value by user; the metric is the mean over the users for whom it is defined
+METRIC_NAMES = ["auc", *METRICS, "logloss"]
+
+
+def by_user(scores, labels, users, with_logloss=True):
+    """{metric: values (users,)} for all metrics but auc, NaN where a user does not count."""
+    r = rank_candidates(scores, labels, users)
+    values = {name: metric(r) for name, metric in METRICS.items()}
+    return {**values, "logloss": logloss(scores, labels, users)} if with_logloss else values
+
+
+def nanmean(values):
+    """Mean without the NaN entries; None where there is nothing else."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+# --------------------------------------------------------------------------------------------------------- intervals
+
+
+def bootstrap(scores, labels, users, names, draws=1000, seed=0):
+    """Metrics of `draws` resamples of the users: {name: array (draws,)}, NaN where a draw leaves a metric undefined.
+
+    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). The draws depend
+    on seed and number of users only: two models' draws on the same users are paired, and may be subtracted.
+    """
+    user, labels = np.unique(users, return_inverse=True)[1], np.asarray(labels)
+    n, rng, out = int(user.max()) + 1, np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
+    values = by_user(scores, labels, users)
+    table = np.array([values[name] for name in names if name != "auc"]).reshape(-1, n)
+    counts, table = ~np.isnan(table), np.nan_to_num(table)
+    order = np.argsort(scores, kind="stable")
+    user, positive, ordered = user[order], labels[order] == 1, np.asarray(scores)[order]
+    tied = np.cumsum(np.r_[False, ordered[1:] != ordered[:-1]])
+    for draw in range(draws):
+        weight = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            for name, value in zip([name for name in names if name != "auc"], (table @ weight) / (counts @ weight)):
+                out[name][draw] = value
+            if "auc" in names:  # as in auc(), every sample weighted by how often its user was drawn
+                w = weight[user]
+                p, q = np.bincount(tied, w * positive), np.bincount(tied, w * ~positive)
+                out["auc"][draw] = p @ (np.cumsum(q) - q / 2) / (p.sum() * q.sum())
+    return out
+
+
+def interval(draws, level=0.95):
+    """[low, high]: the percentile interval of bootstrap draws, None where no draw defines the metric."""
+    draws = draws[~np.isnan(draws)]
+    return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])] if len(draws) else None
+
+
+def evaluate_scores(scores, labels, users, is_logit=True, draws=1000, seed=0):
+    """All metrics with intervals: {auc, ..., "ci": {metric: [low, high]}, "users_counted": {metric: users}}.
+
+    is_logit: scores are logit differences; else logloss is None. The intervals cover the choice of users, not the luck
+    of a training run.
+    """
+    values = by_user(scores, labels, users)
+    names = [name for name in METRIC_NAMES if name != "logloss" or is_logit]
+    sampled = bootstrap(scores, labels, users, names, draws, seed)
+    result = {"auc": None if np.isnan(whole := auc(scores, labels)) else whole, "logloss": None}
+    result.update({name: nanmean(values[name]) for name in names if name != "auc"})
+    result = {name: result[name] for name in METRIC_NAMES}
+    result["ci"] = {name: interval(sampled[name]) for name in names}
+    result["users_counted"] = {name: int((~np.isnan(values[name])).sum()) for name in names if name != "auc"}
+    return result
+
+
+def reciprocal_rank_average(table, k):
+    """RRA@K: how well a training set transfers to the other sets. {source: value}, None without a target.
+
+    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0, with rank_t(s) the rank of s among
+    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
+    the formula is our reading. table: {source: {target: metric or None}}; a target with a None is left out.
+    """
+    gain = lambda rank: 1 / rank if rank <= k else 0.0
+    targets = list(dict.fromkeys(target for row in table.values() for target in row))
+    terms = {source: [] for source in table}
+    for target in targets:
+        column = {source: row.get(target) for source, row in table.items() if source != target}
+        if None in column.values():
+            continue
+        for source, value in column.items():
+            above = sum(other > value for other in column.values())
+            tied = sum(other == value for other in column.values())
+            terms[source].append(sum(gain(above + i) for i in range(1, tied + 1)) / tied)
+    return {source: sum(t) / len(t) if t else None for source, t in terms.items()}
 
 # -------------------------------------------------------------------------------------------- files and command lines
 
@@ -197,12 +846,45 @@ def read_lines(path):
         raise UserError(f"{path} is missing; prepare the dataset again") from None
 
 
+def say(message):
+    """A line for the person at the terminal, on standard error, beside progress bars."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def shared_arguments(parser):
+    """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
+    add = parser.add_argument_group("shared flags").add_argument
+    add("--data", default="data", help="folder that prepare_data.py wrote (its --out)")
+    add("--type", choices=["prompt", "embed"], default="prompt", help="score by Yes/No logits or by cosine of embeddings")
+    add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
+    add("--chat-template", action="store_true", help="wrap prompts by the tokenizer's chat template")
+    add("--pooling", choices=["auto", "last", "mean"], default="auto", help="embedding of a text: its last token (auto: "
+        "decoder-only models) or the mean over tokens (auto: others)")
+    add("--seed", type=int, default=2025, help="seed of everything random")
+    add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
+        help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
+    add("--max-length", type=positive, default=1024, help="tokens a prompt; histories are cut to it, oldest items first")
+    add("--max-tokens", type=positive, default=8192, help="tokens a forward pass: lower it if memory runs out")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
+    add("--overwrite", action="store_true", help="replace outputs made with other arguments")
+
+
+def positive(text):
+    """An int of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (UserError), and whose help shows the script's docstring and the defaults."""
+    """argparse whose errors are one line (UserError) and whose help is the script's docstring, the flags, their defaults."""
+
+    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=type("Formatter", (
-            argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {}), allow_abbrev=False)
+        super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message} (see --help)")

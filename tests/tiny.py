@@ -1,0 +1,102 @@
+"""Tiny models of every family and tokenizers of three kinds, built from configurations: no download."""
+import string
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+WORDS = ("A user liked these items , oldest first : Would the also like this item ? Answer with Yes or No . yes no "
+         "the red blue green old new river stone moon garden night king queen storm light shadow song road").split()
+
+
+def byte_level():
+    """Byte-level BPE, as GPT-2 and Llama 3: a word carries the space before it; BOS in front."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *sorted(alphabet)])}
+    merges = []
+    for word in WORDS:
+        for spelled in (word, "Ġ" + word):
+            for end in range(2, len(spelled) + 1):
+                pair = spelled[:end - 1], spelled[end - 1]
+                if spelled[:end] not in vocab:
+                    vocab[spelled[:end]] = len(vocab)
+                    merges.append(pair)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                                eos_token="</s>", mask_token=None)
+
+
+def word_piece():
+    """WordPiece, as BERT: lower case, ## inside a word, [CLS] and [SEP] around."""
+    words = sorted({word.lower() for word in WORDS})
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *("##" + c for c in letters)]))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+                                                cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+
+
+def sentence_piece(eos=False):
+    """SentencePiece-like Unigram, as Llama 2 and T5: words start with the mark "▁"; BOS in front, or EOS behind."""
+    pieces = {"<pad>": 0.0, "<s>": 0.0, "</s>": 0.0, "<unk>": 0.0, "<mask>": 0.0}
+    pieces.update({"▁" + word: -2.0 - i / 100 for i, word in enumerate(WORDS)})
+    pieces.update({c: -8.0 for c in "▁" + string.printable[:95] + "\n" if c not in pieces})
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    template, ids = ("$A </s>", [("</s>", 2)]) if eos else ("<s> $A", [("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=ids)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>",
+                                                bos_token="<s>", eos_token="</s>", mask_token="<mask>")
+
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=512)
+GROUPED = dict(SIZE, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+FAMILIES = {  # name: (configuration class, language model class, arguments)
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
+    "mistral": ("MistralConfig", "MistralForCausalLM", dict(GROUPED, sliding_window=None)),
+    "mistral-window": ("MistralConfig", "MistralForCausalLM", dict(GROUPED, sliding_window=16)),
+    "phi": ("PhiConfig", "PhiForCausalLM", SIZE),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", GROUPED),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
+    "opt": ("OPTConfig", "OPTForCausalLM", dict(SIZE, ffn_dim=48, word_embed_proj_dim=32)),
+    "glm4": ("GlmConfig", "GlmForCausalLM", GROUPED),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", dict(GROUPED, sliding_window=512, query_pre_attn_scalar=8,
+                                                        final_logit_softcapping=3.0)),
+    "cohere": ("CohereConfig", "CohereForCausalLM", dict(GROUPED, logit_scale=0.3)),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", dict(GROUPED, logits_scaling=0.5, residual_multiplier=0.7)),
+    "mpt": ("MptConfig", "MptForCausalLM", dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=512)),
+    "bert": ("BertConfig", "BertForMaskedLM", SIZE),
+    "roberta": ("RobertaConfig", "RobertaForMaskedLM", dict(SIZE, pad_token_id=0)),
+    "t5": ("T5Config", "T5ForConditionalGeneration", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                                         decoder_start_token_id=0)),
+}
+
+
+def build(family, folder, tokenizer=None, scale=6.0, **changes):
+    """Save a tiny random model of a family with its tokenizer as an ordinary model folder; returns the folder as str.
+
+    scale multiplies the matrices, so that logits spread and a wrong mask or position shows.
+    """
+    config_class, model_class, arguments = FAMILIES[family]
+    tokenizer = tokenizer or {"bert": word_piece, "t5": lambda: sentence_piece(eos=True)}.get(family, byte_level)()
+    if family == "roberta":
+        tokenizer = sentence_piece()
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **{**arguments, **changes})
+    model = getattr(transformers, model_class)(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(scale) if weight.dim() > 1 else weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
