@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 from bisect import bisect_left
 from collections import Counter, namedtuple
@@ -509,6 +510,56 @@ def load_scorer(args):
     return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, args.max_tokens)
 
 
+def read_run(folder, model=None, kind=None):
+    """run.json of a finished finetune.py run, {} for no folder. Raises UserError where model or type are other ones."""
+    if not folder:
+        return {}
+    if not Path(folder, "run.json").exists():
+        raise UserError(f"{folder} holds no fine-tuned adapter (run.json is missing)")
+    run = read_json(Path(folder, "run.json"))
+    if not run.get("finished"):
+        raise UserError(f"{folder} is unfinished: run its finetune.py command again to finish it")
+    if model and (run["model"], run["type"]) != (MODELS.get(model, model), kind):
+        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, "
+                        f"not for {MODELS.get(model, model)} {kind}")
+    return run
+
+
+def load_adapter(scorer, folder, trainable=False):
+    """The scorer with the LoRA adapter of a run on its model, in float32 at least."""
+    from peft import PeftModel
+    try:
+        model = PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable)
+    except Exception as error:
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
+    return scorer._replace(model=model.train(trainable))
+
+
+def fingerprint(folder):
+    """A hash of a local model's or adapter's weights (names, sizes, ends of the files); None for a hub id or no folder."""
+    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
+    parts = []
+    for path in files:
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            parts += [path.name, path.stat().st_size, hashlib.sha256(head + file.read()).hexdigest()]
+    return f"{digest(*parts):016x}" if parts else None
+
+
+def versions():
+    """The versions that a result was made with."""
+    from importlib.metadata import version
+    return {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")}}
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in GB: of the GPU's where the device is one, else resident memory."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def family_of(config):
     """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -689,6 +740,12 @@ def by_user(scores, labels, users, with_logloss=True):
     return {**values, "logloss": logloss(scores, labels, users)} if with_logloss else values
 
 
+def metric(name, scores, labels, users):
+    """One metric by its name: a float, None where it is undefined."""
+    value = np.array([auc(scores, labels)]) if name == "auc" else by_user(scores, labels, users)[name]
+    return nanmean(value)
+
+
 def nanmean(values):
     """Mean without the NaN entries; None where there is nothing else."""
     values = values[~np.isnan(values)]
@@ -818,8 +875,14 @@ def read_meta(data, name):
 
 
 def read_items(data, name):
-    """{item id: text} of a prepared dataset."""
-    return {row["id"]: row["text"] for row in read_lines(Path(data, name, "items.jsonl"))}
+    """Texts of a prepared dataset, cut to TEXT_LIMIT characters: {item id: text}, and how many were cut."""
+    items = {row["id"]: row["text"] for row in read_lines(Path(data, name, "items.jsonl"))}
+    return {key: text[:TEXT_LIMIT] for key, text in items.items()}, sum(len(text) > TEXT_LIMIT for text in items.values())
+
+
+def texts_of(user, items):
+    """A user's (history texts, candidate texts)."""
+    return [items[i] for i in user["history"]], [items[i] for i in user["candidates"]]
 
 
 def read_users(data, name, split, limit=None):

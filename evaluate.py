@@ -1,0 +1,233 @@
+"""Score test sets with a base model or a fine-tuned one; all metrics with 95% intervals.
+
+    python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind movielens --out results/zero-shot
+    python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --adapter runs/mind --test all --out results/mind
+    python evaluate.py --model intfloat/e5-base-v2 --type embed --test all --out results/e5
+    python evaluate.py --model popularity --test all --out results/popularity       (also: random, overlap)
+
+For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost, arguments) and OUT/<dataset>.scores.jsonl (one
+line a user: {"user": ..., "scores": [...]}). A killed run continues when the same command is run again.
+"""
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import common
+from common import UserError, say
+
+CHUNK = 256  # users scored and written at a time: memory does not grow with the test set
+
+
+def arguments(argv):
+    parser = common.Parser(__doc__)
+    parser.add_argument("--model", required=True, help=f"hub id, local folder, a short name ({', '.join(common.MODELS)}) "
+                        f"or a baseline without a model: {', '.join(common.BASELINES)}")
+    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all that are prepared")
+    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
+    parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="which users to score")
+    parser.add_argument("--limit-users", type=common.positive, help="score the first N users only")
+    common.shared_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
+    names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
+    metas = {name: common.read_meta(args.data, name) for name in names}
+    run = {} if args.model in common.BASELINES else common.read_run(args.adapter, args.model, args.type)
+    scorer, results = None, []
+    for name in names:
+        job = describe(args, name, metas[name], run)
+        if (done := finished(args, name, job)) is None:
+            if scorer is None and args.model not in common.BASELINES:
+                scorer = common.load_scorer(args)
+                scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
+            setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
+            done = evaluate(args, name, job, setting, scorer)
+        results.append(done)
+        if name in set(run.get("valid", [])) - set(run.get("train_chain", [])):
+            say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
+    print(table(results))
+
+
+def prepared(args):
+    """Every dataset in --data that has the split, in the benchmark's order."""
+    names = [n for n in [*common.DATASETS, *common.DEMO] if Path(args.data, n, f"{args.split}.jsonl").exists()]
+    if not names:
+        raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
+    missing = [n for n, row in common.DATASETS.items() if row.test and n not in names]
+    if missing and set(names) & set(common.DATASETS):
+        say(f"not prepared, so not evaluated: {', '.join(missing)}")
+    return names
+
+
+def describe(args, name, meta, run):
+    """Everything that the scores depend on; results made under another description are not taken for these."""
+    keys = ("model", "adapter", "type", "chat_template", "pooling", "dtype", "max_length", "split", "limit_users", "seed")
+    return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
+            "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
+            "adapter_fingerprint": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
+
+
+def finished(args, name, job):
+    """The result that is already there for the same job, else None. Raises UserError where another one is in the way."""
+    result, part = Path(args.out, f"{name}.json"), Path(args.out, f"{name}.part.json")
+    for path, read in ((result, lambda r: r["arguments"]), (part, lambda r: r)):
+        if path.exists() and not args.overwrite and read(common.read_json(path)) != job:
+            raise UserError(f"{path} was made with other arguments or data: choose another --out or give --overwrite")
+    if args.overwrite:
+        for path in (result, part, *(Path(args.out, f"{name}.scores.jsonl{end}") for end in ("", ".part"))):
+            path.unlink(missing_ok=True)
+    return common.read_json(result) if result.exists() else None
+
+
+def evaluate(args, name, job, setting, scorer):
+    """Score one dataset, from where a killed run stopped, and write its two files. Returns the result (a dict)."""
+    scores_file = Path(args.out, f"{name}.scores.jsonl")
+    part, part_job = Path(f"{scores_file}.part"), Path(args.out, f"{name}.part.json")
+    common.write_json(part_job, job)
+    if scores_file.exists():  # killed after the rename: only the metrics are missing
+        os.replace(scores_file, part)
+    done = whole_lines(part)
+    if done:
+        say(f"{name}: continuing after {done} users")
+    started, counts = time.perf_counter(), score_users(args, name, scorer, part, done)
+    seconds = time.perf_counter() - started
+    result = summarize(args, name, part, is_logit=args.type == "prompt" and scorer is not None)
+    result = {
+        "dataset": name, "split": args.split, "setting": setting, "type": args.type, "model": job["model"],
+        "adapter": args.adapter, **result, "users_resumed": done, "truncated": {key: counts[key] for key in TRUNCATED},
+        "seconds": seconds, "samples_per_s": counts["samples"] / seconds, "tokens_scored": counts["tokens_scored"],
+        "tokens_unpacked": counts["tokens_unpacked"],
+        "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
+        "data_sha256": job["data_sha256"], "seed": args.seed, "arguments": job, "versions": common.versions()}
+    os.replace(part, scores_file)
+    common.write_json(Path(args.out, f"{name}.json"), result)
+    part_job.unlink()
+    return result
+
+
+TRUNCATED = {"texts": "item texts longer than 512 characters, cut", "histories": "users whose oldest items were dropped",
+             "halved": "users whose texts were halved"}
+
+
+def whole_lines(path):
+    """Number of whole lines of a file (0 where there is none); a torn last line is cut off."""
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as file:
+        lines, end = 0, 0
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, end = lines + 1, end + len(line)
+        file.truncate(end)
+    return lines
+
+
+def score_users(args, name, scorer, part, done):
+    """Append {"user", "scores"} to `part` for every user after the first `done`. Returns counts of samples, tokens, cuts."""
+    (items, cut), known, popularity, checked = common.read_items(args.data, name), {}, None, False
+    counts = Counter(texts=cut)
+    if args.model == "popularity":
+        popularity = count_popularity(args, name)
+    users = common.read_users(args.data, name, args.split, args.limit_users)
+    total = min(common.read_meta(args.data, name)["splits"][args.split]["users"], args.limit_users or sys.maxsize)
+    bar = tqdm(total=total, initial=done, desc=name, unit="user", mininterval=0.5)
+    for _ in range(done):
+        next(users)
+    with open(part, "a", encoding="utf-8") as file, bar:
+        while chunk := [user for _, user in zip(range(CHUNK), users)]:
+            texts = [common.texts_of(user, items) for user in chunk]
+            if scorer is None:
+                scores = np.concatenate([baseline(args, name, user, items, popularity) for user in chunk])
+            elif args.type == "embed":
+                scores, more = common.score_embeddings(scorer, texts, known)
+                counts += more
+            else:
+                scorer, checked = scorer if checked else common.check_packing(scorer, texts), True
+                scores, more = common.score_prompts(scorer, texts)
+                counts += more
+            if not np.isfinite(scores).all():
+                raise UserError(f"{name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite; "
+                                f"try --dtype float32")
+            counts["samples"] += len(scores)
+            ends = np.cumsum([len(user["candidates"]) for user in chunk])
+            for user, values in zip(chunk, np.split(scores, ends)):
+                file.write(json.dumps({"user": user["user"], "scores": values.tolist()}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(chunk))
+    return counts
+
+
+def count_popularity(args, name):
+    """(how often an item is a positive or in a history of the training split; None) or, without one, of the scored
+    split's histories and True: then a user's own history is not counted for that user."""
+    counts, train = Counter(), Path(args.data, name, "train.jsonl").exists()
+    for user in common.read_users(args.data, name, "train" if train else args.split):
+        counts.update(user["history"])
+        if train:
+            counts.update(item for item, label in zip(user["candidates"], user["labels"]) if label)
+    return counts, not train
+
+
+def baseline(args, name, user, items, popularity):
+    """common.baseline_scores of a user; the user's own history does not make an item popular."""
+    counts, own = popularity or (None, False)
+    if own:
+        counts = {item: counts[item] - (item in user["history"]) for item in user["candidates"]}
+    return np.array(common.baseline_scores(args.model, args.seed, name, user, items, counts))
+
+
+def read_scores(path, data, name, split, limit=None):
+    """Scores, labels and user numbers of a scores file: three arrays (samples,). Raises UserError where they do not fit."""
+    scores, labels, sizes = [], [], []
+    for line, user in zip(common.read_lines(path), common.read_users(data, name, split, limit)):
+        if line["user"] != user["user"] or len(line["scores"]) != len(user["labels"]):
+            raise UserError(f"{path} does not fit the {split} split of {name}: give --overwrite to score it again")
+        scores += line["scores"]
+        labels += user["labels"]
+        sizes.append(len(user["labels"]))
+    return np.array(scores), np.array(labels), np.repeat(np.arange(len(sizes)), sizes)
+
+
+def summarize(args, name, path, is_logit):
+    """The metrics of a whole scores file, and the sizes of what was scored."""
+    scores, labels, users = read_scores(path, args.data, name, args.split, args.limit_users)
+    if not len(scores):
+        raise UserError(f"the {args.split} split of {name} is empty")
+    result = {"n_users": int(users[-1]) + 1, "n_samples": len(scores), "n_positives": int(labels.sum())}
+    result.update(common.evaluate_scores(scores, labels, users, is_logit, seed=args.seed))
+    interval = result["ci"]["group_auc"]
+    result["collapsed"] = bool(interval and interval[0] <= 0.5 <= interval[1] and interval[1] - interval[0] < 0.04)
+    if result["collapsed"]:
+        say(f"{name}: the scores tell nothing about these users: group AUC {result['group_auc']:.3f}, 95% interval "
+            f"{interval[0]:.3f} to {interval[1]:.3f} (chance is 0.5)")
+    return result
+
+
+def table(results):
+    """The results as a Markdown table, with the main metrics."""
+    def cell(result, name):
+        if result[name] is None:
+            return "-"
+        low, high = result["ci"].get(name) or (float("nan"),) * 2
+        return f"{result[name]:.3f} [{low:.3f}, {high:.3f}]"
+    names = ["auc", "group_auc", "ndcg@10", "mrr"]
+    rows = [["dataset", "setting", "users", "samples", *names, "samples/s"]]
+    rows += [[r["dataset"], r["setting"], str(r["n_users"]), str(r["n_samples"]), *(cell(r, n) for n in names),
+              f"{r['samples_per_s']:.0f}"] for r in results]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n[95% intervals over the choice of users, not over the luck of a training run]"
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main))
