@@ -563,7 +563,7 @@ def peak_memory_gb(device):
 def family_of(config):
     """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone denies it
         return "seq2seq"
     decoder = (config.architectures or [""])[0].endswith(("CausalLM", "LMHeadModel"))
     return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder else "causal"
@@ -571,7 +571,7 @@ def family_of(config):
 
 def max_positions(config, tokenizer):
     """The longest input in tokens that a model has positions for."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or math.inf
     if "roberta" in config.model_type:  # its positions start after the padding id
         positions -= config.pad_token_id + 1
     return min(positions, tokenizer.model_max_length)
@@ -587,14 +587,15 @@ def chat(tokenizer, text):
 def encode_texts(tokenizer, special_tokens, chat_template, open_ended, texts):
     """Token ids of texts, tokenised whole. chat_template: wrapped by it, which brings its own BOS.
 
-    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off.
+    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off. A text without any token (an item
+    without text, a tokenizer without BOS) is one EOS, so that it too has a state to read.
     """
     if chat_template:
         texts, special_tokens = [chat(tokenizer, text) for text in texts], False
     ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
     if open_ended and special_tokens and tokenizer.eos_token_id is not None:
         ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
-    return ids
+    return [row or [tokenizer.eos_token_id or 0] for row in ids]
 
 # --------------------------------------------------------------------------------------------------------- baselines
 
@@ -961,6 +962,8 @@ def run(main, argv=None):
         message = str(error)
     except OSError as error:  # a full disk, a file-size limit, a folder that cannot be written
         message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is full: lower --max-tokens"
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command to continue", file=sys.stderr)
         return 130

@@ -69,34 +69,48 @@ FAMILIES = {  # name: (configuration class, language model class, arguments)
     "phi3": ("Phi3Config", "Phi3ForCausalLM", GROUPED),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
     "opt": ("OPTConfig", "OPTForCausalLM", dict(SIZE, ffn_dim=48, word_embed_proj_dim=32)),
+    "opt-350m": ("OPTConfig", "OPTForCausalLM", dict(SIZE, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False)),
     "glm4": ("GlmConfig", "GlmForCausalLM", GROUPED),
+    "glm4-0414": ("Glm4Config", "Glm4ForCausalLM", GROUPED),
+    "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZE),
+    "falcon": ("FalconConfig", "FalconForCausalLM", dict(SIZE, multi_query=True, alibi=False)),
+    "falcon-alibi": ("FalconConfig", "FalconForCausalLM", dict(SIZE, multi_query=True, alibi=True)),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", dict(GROUPED, sliding_window=512, query_pre_attn_scalar=8,
                                                         final_logit_softcapping=3.0)),
-    "cohere": ("CohereConfig", "CohereForCausalLM", dict(GROUPED, logit_scale=0.3)),
+    "gemma3-window": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(GROUPED, sliding_window=16, query_pre_attn_scalar=8)),
+    "cohere": ("CohereConfig", "CohereForCausalLM", dict(GROUPED, logit_scale=3.0)),
     "granite": ("GraniteConfig", "GraniteForCausalLM", dict(GROUPED, logits_scaling=0.5, residual_multiplier=0.7)),
     "mpt": ("MptConfig", "MptForCausalLM", dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=512)),
+    "bloom": ("BloomConfig", "BloomForCausalLM", dict(hidden_size=32, n_head=4, n_layer=2)),
     "bert": ("BertConfig", "BertForMaskedLM", SIZE),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", dict(SIZE, pad_token_id=0)),
     "t5": ("T5Config", "T5ForConditionalGeneration", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
                                                          decoder_start_token_id=0)),
+    "bert-encoder": ("BertConfig", "BertModel", SIZE),  # no LM head
+    "t5-encoder": ("T5Config", "T5EncoderModel", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
 }
+PACKED = ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "opt", "opt-350m", "glm4", "glm4-0414", "gpt-neox",
+          "falcon", "gemma2", "cohere", "granite"]
+UNPACKED = ["mpt", "bloom", "falcon-alibi", "mistral-window", "gemma3-window"]  # positions or window forbid packing
 
 
-def build(family, folder, tokenizer=None, scale=6.0, **changes):
+SCALE = {"t5": 3.0, "phi3": 8.0, "falcon": 9.0, "falcon-alibi": 12.0, "bloom": 9.0}  # others: 6
+
+
+def build(family, folder, tokenizer=None, **changes):
     """Save a tiny random model of a family with its tokenizer as an ordinary model folder; returns the folder as str.
 
-    scale multiplies the matrices, so that logits spread and a wrong mask or position shows.
+    Matrices are scaled up, so that logits spread and a wrong mask or position shows.
     """
     config_class, model_class, arguments = FAMILIES[family]
-    tokenizer = tokenizer or {"bert": word_piece, "t5": lambda: sentence_piece(eos=True)}.get(family, byte_level)()
-    if family == "roberta":
-        tokenizer = sentence_piece()
+    tokenizer = tokenizer or {"bert": word_piece, "t5": lambda: sentence_piece(eos=True), "roberta": sentence_piece}.get(
+        family.removesuffix("-encoder"), byte_level)()
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **{**arguments, **changes})
     model = getattr(transformers, model_class)(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.mul_(scale) if weight.dim() > 1 else weight.add_(0.1 * torch.randn_like(weight))
+            weight.mul_(SCALE.get(family, 6.0)) if weight.dim() > 1 else weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
