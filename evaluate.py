@@ -12,7 +12,9 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections import Counter
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +44,16 @@ def main(argv=None):
     names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
     metas = {name: common.read_meta(args.data, name) for name in names}
     run = {} if args.model in common.BASELINES else common.read_run(args.adapter, args.model, args.type)
+    jobs = {name: describe(args, metas[name]) for name in names}
+    before = {name: finished(args, name, jobs[name]) for name in names}  # all, so that what is in the way shows at once
     scorer, results = None, []
     for name in names:
-        job = describe(args, name, metas[name], run)
-        if (done := finished(args, name, job)) is None:
+        if (done := before[name]) is None:
             if scorer is None and args.model not in common.BASELINES:
                 scorer = common.load_scorer(args)
                 scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
             setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
-            done = evaluate(args, name, job, setting, scorer)
+            done = evaluate(args, name, jobs[name], setting, scorer)
         results.append(done)
         if name in set(run.get("valid", [])) - set(run.get("train_chain", [])):
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
@@ -68,7 +71,7 @@ def prepared(args):
     return names
 
 
-def describe(args, name, meta, run):
+def describe(args, meta):
     """Everything that the scores depend on; results made under another description are not taken for these."""
     keys = ("model", "adapter", "type", "chat_template", "pooling", "dtype", "max_length", "split", "limit_users", "seed")
     return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
@@ -78,13 +81,16 @@ def describe(args, name, meta, run):
 
 def finished(args, name, job):
     """The result that is already there for the same job, else None. Raises UserError where another one is in the way."""
-    result, part = Path(args.out, f"{name}.json"), Path(args.out, f"{name}.part.json")
-    for path, read in ((result, lambda r: r["arguments"]), (part, lambda r: r)):
-        if path.exists() and not args.overwrite and read(common.read_json(path)) != job:
-            raise UserError(f"{path} was made with other arguments or data: choose another --out or give --overwrite")
+    result, part, *scores = (Path(args.out, name + end) for end in (".json", ".part.json", ".scores.jsonl", ".scores.jsonl.part"))
     if args.overwrite:
-        for path in (result, part, *(Path(args.out, f"{name}.scores.jsonl{end}") for end in ("", ".part"))):
+        for path in (result, part, *scores):
             path.unlink(missing_ok=True)
+    for path, read in ((result, lambda r: r.get("arguments")), (part, lambda r: r)):
+        if path.exists() and read(common.read_json(path)) != job:
+            raise UserError(f"{path} was made with other arguments or data: choose another --out or give --overwrite")
+    for path in scores:
+        if path.exists() and not result.exists() and not part.exists():
+            raise UserError(f"nothing says how {path} was made: choose another --out or give --overwrite")
     return common.read_json(result) if result.exists() else None
 
 
@@ -140,10 +146,9 @@ def score_users(args, name, scorer, part, done):
     users = common.read_users(args.data, name, args.split, args.limit_users)
     total = min(common.read_meta(args.data, name)["splits"][args.split]["users"], args.limit_users or sys.maxsize)
     bar = tqdm(total=total, initial=done, desc=name, unit="user", mininterval=0.5)
-    for _ in range(done):
-        next(users)
+    users = islice(users, done, None)
     with open(part, "a", encoding="utf-8") as file, bar:
-        while chunk := [user for _, user in zip(range(CHUNK), users)]:
+        while chunk := list(islice(users, CHUNK)):
             texts = [common.texts_of(user, items) for user in chunk]
             if scorer is None:
                 scores = np.concatenate([baseline(args, name, user, items, popularity) for user in chunk])
@@ -187,12 +192,13 @@ def baseline(args, name, user, items, popularity):
 
 def read_scores(path, data, name, split, limit=None):
     """Scores, labels and user numbers of a scores file: three arrays (samples,). Raises UserError where they do not fit."""
-    scores, labels, sizes = [], [], []
-    for line, user in zip(common.read_lines(path), common.read_users(data, name, split, limit)):
+    scores, labels, sizes = array("d"), array("b"), array("i")
+    nothing = {"user": None, "scores": (), "labels": ()}
+    for line, user in zip_longest(common.read_lines(path), common.read_users(data, name, split, limit), fillvalue=nothing):
         if line["user"] != user["user"] or len(line["scores"]) != len(user["labels"]):
             raise UserError(f"{path} does not fit the {split} split of {name}: give --overwrite to score it again")
-        scores += line["scores"]
-        labels += user["labels"]
+        scores.extend(line["scores"])
+        labels.extend(user["labels"])
         sizes.append(len(user["labels"]))
     return np.array(scores), np.array(labels), np.repeat(np.arange(len(sizes)), sizes)
 

@@ -94,7 +94,7 @@ PACKED = ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "opt", "o
 UNPACKED = ["mpt", "bloom", "falcon-alibi", "mistral-window", "gemma3-window"]  # positions or window forbid packing
 
 
-SCALE = {"t5": 3.0, "phi3": 8.0, "falcon": 9.0, "falcon-alibi": 12.0, "bloom": 9.0}  # others: 6
+SCALE = {"t5": 3.0, "phi3": 8.0, "falcon": 14.0, "falcon-alibi": 20.0, "bloom": 9.0}  # others: 6
 
 
 def build(family, folder, tokenizer=None, **changes):
