@@ -37,7 +37,8 @@ def arguments(argv):
     add("--target", metavar="DATASET", help="the dataset that --setting is about")
     add("--out", required=True, help="folder for the run")
     add("--valid", nargs="+", metavar="DATASET", help="datasets to validate on (if not given: those of --train)")
-    add("--valid-metric", choices=common.METRIC_NAMES, default="auc", help="metric of early stopping, mean over datasets")
+    add("--valid-metric", choices=[name for name in common.METRIC_NAMES if name != "logloss"], default="auc",
+        help="metric of early stopping, the higher the better, mean over datasets")
     add("--init-adapter", metavar="RUN", help="continue from the adapter of an earlier run (sequential fine-tuning)")
     add("--lora-r", type=common.positive, default=32, help="rank")
     add("--lora-alpha", type=common.positive, default=128, help="scale of the update: alpha / rank")
@@ -58,9 +59,11 @@ def arguments(argv):
         if not args.target:
             raise UserError("--setting needs --target: the dataset that the setting is about")
         named = common.check_names(args.train or []) or common.training_sets(args.setting, args.target)
-        if not named or common.setting_of(named, args.target) != args.setting:
-            raise UserError(f"setting {args.setting} ({common.SETTINGS[args.setting]}) for {args.target} is not training on "
-                            f"{', '.join(named) or 'nothing'}")
+        setting = f"setting {args.setting} ({common.SETTINGS[args.setting]})"
+        if not named:
+            raise UserError(f"{setting} trains on nothing: run evaluate.py without --adapter")
+        if common.setting_of(named, args.target) != args.setting:
+            raise UserError(f"{setting} for {args.target} is not training on {', '.join(named)}")
         args.train = named
     args.train = common.check_names(args.train)
     args.valid = common.check_names(args.valid or args.train)
