@@ -28,9 +28,9 @@ CHUNK = 256  # users scored and written at a time: memory does not grow with the
 
 def arguments(argv):
     parser = common.Parser(__doc__)
-    parser.add_argument("--model", required=True, help=f"hub id, local folder, a short name ({', '.join(common.MODELS)}) "
+    parser.add_argument("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
                         f"or a baseline without a model: {', '.join(common.BASELINES)}")
-    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all that are prepared")
+    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")
     parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="which users to score")
@@ -73,15 +73,16 @@ def prepared(args):
 
 def describe(args, meta):
     """Everything that the scores depend on; results made under another description are not taken for these."""
-    keys = ("model", "adapter", "type", "chat_template", "pooling", "dtype", "max_length", "split", "limit_users", "seed")
+    keys = ("adapter", "type", "chat_template", "pooling", "dtype", "max_length", "split", "limit_users", "seed")
     return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
             "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
             "adapter_fingerprint": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
 
 
 def finished(args, name, job):
-    """The result that is already there for the same job, else None. Raises UserError where another one is in the way."""
-    result, part, *scores = (Path(args.out, name + end) for end in (".json", ".part.json", ".scores.jsonl", ".scores.jsonl.part"))
+    """The result that is there already for the same job, else None. Raises UserError where another is in the way."""
+    result, part, *scores = (Path(args.out, name + end)
+                             for end in (".json", ".part.json", ".scores.jsonl", ".scores.jsonl.part"))
     if args.overwrite:
         for path in (result, part, *scores):
             path.unlink(missing_ok=True)
@@ -120,8 +121,8 @@ def evaluate(args, name, job, setting, scorer):
     return result
 
 
-TRUNCATED = {"texts": "item texts longer than 512 characters, cut", "histories": "users whose oldest items were dropped",
-             "halved": "users whose texts were halved"}
+TRUNCATED = {"texts": "item texts longer than 512 characters, cut",
+             "histories": "users whose oldest items were dropped", "halved": "users whose texts were halved"}
 
 
 def whole_lines(path):
@@ -138,7 +139,7 @@ def whole_lines(path):
 
 
 def score_users(args, name, scorer, part, done):
-    """Append {"user", "scores"} to `part` for every user after the first `done`. Returns counts of samples, tokens, cuts."""
+    """Append {"user", "scores"} to `part` for all users after the first `done`. Returns counts: samples, tokens, cuts."""
     (items, cut), known, popularity, checked = common.read_items(args.data, name), {}, None, False
     counts = Counter(texts=cut)
     if args.model == "popularity":
@@ -191,10 +192,10 @@ def baseline(args, name, user, items, popularity):
 
 
 def read_scores(path, data, name, split, limit=None):
-    """Scores, labels and user numbers of a scores file: three arrays (samples,). Raises UserError where they do not fit."""
+    """Scores, labels, user numbers of a scores file: 3 arrays (samples,). Raises UserError where they do not fit."""
     scores, labels, sizes = array("d"), array("b"), array("i")
-    nothing = {"user": None, "scores": (), "labels": ()}
-    for line, user in zip_longest(common.read_lines(path), common.read_users(data, name, split, limit), fillvalue=nothing):
+    nothing, users = {"user": None, "scores": (), "labels": ()}, common.read_users(data, name, split, limit)
+    for line, user in zip_longest(common.read_lines(path), users, fillvalue=nothing):
         if line["user"] != user["user"] or len(line["scores"]) != len(user["labels"]):
             raise UserError(f"{path} does not fit the {split} split of {name}: give --overwrite to score it again")
         scores.extend(line["scores"])
