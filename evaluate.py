@@ -45,7 +45,9 @@ def main(argv=None):
     metas = {name: common.read_meta(args.data, name) for name in names}
     run = {} if args.model in common.BASELINES else common.read_run(args.adapter, args.model, args.type)
     jobs = {name: describe(args, metas[name]) for name in names}
-    before = {name: finished(args, name, jobs[name]) for name in names}  # all, so that what is in the way shows at once
+    for name in names:  # a split that is missing, or what is in the way of its results: said before the first is scored
+        common.read_users(args.data, name, args.split)
+    before = {name: finished(args, name, jobs[name]) for name in names}
     scorer, results = None, []
     for name in names:
         if (done := before[name]) is None:
@@ -139,7 +141,7 @@ def whole_lines(path):
 
 
 def score_users(args, name, scorer, part, done):
-    """Append {"user", "scores"} to `part` for all users after the first `done`. Returns counts: samples, tokens, cuts."""
+    """Append {"user", "scores"} to `part` of users after the first `done`. Returns counts of samples, tokens, cuts."""
     (items, cut), known, popularity, checked = common.read_items(args.data, name), {}, None, False
     counts = Counter(texts=cut)
     if args.model == "popularity":
@@ -166,7 +168,7 @@ def score_users(args, name, scorer, part, done):
             counts["samples"] += len(scores)
             ends = np.cumsum([len(user["candidates"]) for user in chunk])
             for user, values in zip(chunk, np.split(scores, ends)):
-                file.write(json.dumps({"user": user["user"], "scores": values.tolist()}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"user": user["user"], "scores": values.tolist()}) + "\n")
             file.flush()
             bar.update(len(chunk))
     return counts
