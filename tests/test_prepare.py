@@ -1,0 +1,604 @@
+"""prepare_data.py: every raw format by a hand-made miniature (tests/raw), the rules that all share, sampling, bad input."""
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+import prepare_data
+
+HERE = Path(__file__).parent
+RAW = HERE / "raw"
+REAL = HERE.parent.parent / "shared" / "raw"
+
+
+def run(*args):
+    """(exit code, standard output, last line of standard error) of a command line; a traceback fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = common.run(prepare_data.main, [str(arg) for arg in args])
+    return code, out.getvalue(), ([""] + err.getvalue().splitlines())[-1]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def prepared(name, out, *args, raw=RAW):
+    """(meta, items, {split: lines}) of a dataset that must be prepared without an error."""
+    code, _, err = run(name, "--raw", raw, "--out", out, *args)
+    assert code == 0, err
+    folder = out / name
+    return (json.loads((folder / "meta.json").read_text(encoding="utf-8")),
+            {row["id"]: row["text"] for row in lines(folder / "items.jsonl")},
+            {split: lines(folder / f"{split}.jsonl") for split in ("train", "valid", "test")})
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def hashed(*parts):
+    """The hash of the format, written out again: 8 bytes of blake2b over the parts joined by the unit separator."""
+    return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+
+
+def ties(name, user, *items):
+    """Items of one time, in the order in which they count."""
+    return sorted(items, key=lambda item: hashed(2025, name, user, item))
+
+
+# ------------------------------------------------------------------------------------------------------ miniatures
+
+H = ["Hotel_Review-g1-d1-Reviews-Hotel_Baltic-Giulianova_Province_of_Teramo_Abruzzo.html",
+     "Hotel_Review-g2-d2-Reviews-The_St._Regis-New_York_City_New_York.html",
+     "Hotel_Review-g3-d3-Reviews-Bed-and-Breakfast_Uno-Rome_Lazio.html", "Hotel_Review-g4-d4-Reviews-Four_Seasons-Paris.html"]
+E, M2, C2 = ties("electronics", "R1", "E1", "E2", "E3", "E4", "E5"), ties("microlens", "2", "1", "2", "3", "4"), \
+    ties("hm", "c2", "0108775015", "0108775044", "0110065002")
+SONGS = [f"t{k:02}" for k in range(1, 15)]
+
+LINES = {  # dataset: user: (history, positives, negatives), worked out by hand
+    "mind": {"U1": ("N2 N1", "N3 N6", "N4"), "U4": ("N3 N1", "N7", "N6"), "U5": ("N1", "N3 N4", "N6")},
+    "pens": {"U1": ("N2", "N3 N4", "N5"), "U3": ("N4 N5", "N1 N2", "N3")},
+    "goodreads": {"u1": ("b2", "b1 b3", "b5")},
+    "books": {"R1": ("A1", "A4 A2", "A7")},
+    "movielens": {"7": ("1", "12 11", "13 16"), "8": ("1", "11 15", "12 13")},
+    "microlens": {"1": ("3 2", "1 4", "5 7"), "2": (M2[:2], M2[2:], "5 7")},
+    "netflix": {"10": ("4", "2 1", "3"), "11": ("6 4", "1 3", "2")},
+    "cds": {"R1": ("C2", "C3 C1", "C4")},
+    "lastfm": {"user_1": (SONGS[:2], SONGS[2:12], SONGS[12:]), "user_2": ("t14 t13", SONGS[2:12], SONGS[:2])},
+    "hm": {"c1": ("0108775044", "0110065002 0108775015", "0111565001 0111586001"),
+           "c2": (C2[:1], C2[1:], "0111565001 0111586001")},
+    "pog": {"a1": ("i2 i1", "i3", "i4 i6"), "a3": ("i2 i6", "i4", "i1 i3")},
+    "electronics": {"R1": (E[:3], E[3:], "E6 E7")},
+    "steam": {"s1": ("10 20", "50 30", "40 70"), "s3": ("70 40", "30 20", "10 50")},
+    "hotelrec": {"ann": (H[1], [H[2], H[0]], H[3])},
+    "yelp": {"y1": ("p3", "p2 p1", "p4")},
+}
+TEXTS = {
+    "mind": {"N1": "First", "N2": '"Second, he said', "N3": "Third thing", "N4": "Fourth", "N6": "Sixth", "N7": "Seventh"},
+    "pens": {"N1": "One", "N2": "Two", "N3": "Three", "N4": "Four", "N5": "Five"},
+    "goodreads": {"b1": "The Hobbit", "b2": "Émile", "b3": "Dune", "b5": "Emma"},
+    "books": {"A1": "Pride & Prejudice", "A2": "War and Peace", "A4": "I <3 you, 2 < 3", "A7": "Seven"},
+    "movielens": {"1": "Toy Story (1995)", "11": "American President, The (1995)", "12": 'He said "Hi" twice',
+                  "13": "Émile (2000)", "15": "Casino (1995)", "16": "Heat (1995)"},
+    "microlens": {"1": "Cats", "2": "Dogs, and cats", "3": "Birds", "4": "Fish", "5": "Line break", "7": "Mice"},
+    "netflix": {"1": "title: Dinosaur Planet, year: 2003", "2": "title: Mostly Martha, Again, year: 2004",
+                "3": "title: Amélie", "4": "title: Heat, year: 1999", "6": "title: Six, year: 2002"},
+    "cds": {"C1": "Abbey Road", "C2": "Kind of Blue", "C3": "Homogenic", "C4": "Blue"},
+    "lastfm": {song: f"track_name: Song {int(song[1:])}, artist_name: Björk" for song in SONGS},
+    "hm": {"0108775015": "Jersey top, with narrow straps.", "0108775044": "Cotton dress", "0110065002": "Wool socks",
+           "0111565001": "Semi shiny tights", "0111586001": "Knitted hat"},
+    "pog": {"i1": "Dress, red", "i2": "Hat", "i3": "Shoes", "i4": "Bag", "i6": "Watch"},
+    "electronics": {f"E{k}": f"Cable {k}" for k in range(1, 8)},
+    "steam": {"10": "Counter-Strike", "20": "Pokémon™, the game", "30": "三国", "40": "Déjà vu", "50": "Portal", "70": "Braid"},
+    "hotelrec": {H[0]: "hotel_name: Hotel Baltic, hotel_location: Giulianova Province of Teramo Abruzzo",
+                 H[1]: "hotel_name: The St. Regis, hotel_location: New York City New York",
+                 H[2]: "hotel_name: Bed-and-Breakfast Uno, hotel_location: Rome Lazio",
+                 H[3]: "hotel_name: Four Seasons, hotel_location: Paris"},
+    "yelp": {"p1": 'Pizza "Roma"', "p2": "Café Olé", "p3": "42", "p4": "Taco Town"},
+}
+DROPPED = {  # what else must stand in meta.json; all that is not named here is 0
+    "mind": {"items without text": 1, "events whose item has no text": 2, "items of histories without text": 1,
+             "repeated events": 3, "candidates that stand in the history": 1, "users without history": 1,
+             "users without negatives": 1},
+    "pens": {"repeated events": 1, "candidates that stand in the history": 1, "users without negatives": 1},
+    "goodreads": {"items without text": 1, "events whose item has no text": 1, "users without history": 1,
+                  "users without negatives": 1},
+    "books": {"items without text": 2, "events whose item has no text": 2, "neutral ratings": 1, "users without history": 1},
+    "movielens": {"items without text": 1, "events whose item has no text": 2, "neutral ratings": 1, "repeated events": 2,
+                  "users without history": 1},
+    "microlens": {"items without text": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
+    "netflix": {"items without text": 1, "events whose item has no text": 1, "neutral ratings": 2, "users without history": 1},
+    "cds": {"repeated events": 4, "neutral ratings": 1, "users without negatives": 1},
+    "lastfm": {"items without id": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
+    "hm": {"items without text": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
+    "pog": {"items without text": 1, "events whose item has no text": 3, "repeated events": 1, "users without history": 1},
+    "electronics": {"users without negatives": 1},
+    "steam": {"items without text": 1, "events whose item has no text": 3, "repeated events": 1, "users without history": 1},
+    "hotelrec": {"events without user": 1, "neutral ratings": 2, "users without history": 1},
+    "yelp": {"items without text": 1, "events whose item has no text": 1, "users without history": 1},
+}
+
+
+def spread(ids):
+    return ids.split() if isinstance(ids, str) and "-Reviews-" not in ids else [ids] if isinstance(ids, str) else list(ids)
+
+
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_miniature(name, tmp_path):
+    meta, items, splits = prepared(name, tmp_path, "--test-size", 999, "--train-size", 0)
+    expected = {user: tuple(map(spread, line)) for user, line in LINES[name].items()}
+    got = {line["user"]: (line["history"], dict(zip(line["candidates"], line["labels"]))) for line in splits["test"]}
+    assert got == {user: (history, {**dict.fromkeys(liked, 1), **dict.fromkeys(disliked, 0)})
+                   for user, (history, liked, disliked) in expected.items()}
+    assert [line["user"] for line in splits["test"]] == sorted(expected, key=lambda user: hashed(2025, name, user))
+    assert items == TEXTS[name] and list(items) == sorted(items)
+    assert {reason: count for reason, count in meta["dropped"].items() if count} == DROPPED[name]
+    assert all(count["malformed"] == 0 for part in meta["rows"].values() for count in part.values())
+    assert not splits["train"] and not (tmp_path / name / "train.jsonl").exists()
+    row = meta["splits"]["test"]
+    assert (row["users"], row["items"]) == (len(expected), len(TEXTS[name])) and meta["items"] == len(items)
+    assert row["samples"] == sum(len(p) + len(n) for _, p, n in expected.values()) == meta["short"]["test_size"]
+    assert row["positives"] == sum(len(p) for _, p, _ in expected.values())
+
+
+def test_pog_with_its_own_titles(tmp_path):
+    write(tmp_path / "raw/pog/item_data.txt", "".join(f"i{k},c1,//img/{k}.jpg,红色, 标题 {k}\n" for k in (1, 2, 3, 4, 6)))
+    shutil.copy(RAW / "pog/user_data.txt", tmp_path / "raw/pog/user_data.txt")
+    _, items, splits = prepared("pog", tmp_path, raw=tmp_path / "raw")
+    assert items["i2"] == "红色, 标题 2" and {line["user"] for line in splits["train"] + splits["valid"]} == {"a1", "a3"}
+
+
+@pytest.mark.skipif(not (REAL / "movielens").exists(), reason="the real MovieLens file is not at hand")
+def test_movielens_as_it_is(tmp_path):
+    row = prepared("movielens", tmp_path, raw=REAL)[0]["splits"]["test"]
+    assert (row["users"], row["samples"], row["positives"]) == (614, 5540, 1228)
+    meta, _, splits = prepared("movielens", tmp_path / "2", "--test-size", 2000, "--train-size", 3000, raw=REAL)
+    assert meta["short"] == {} and 2000 <= meta["splits"]["test"]["samples"] < 2012
+    assert 3000 <= meta["splits"]["train"]["samples"] + meta["splits"]["valid"]["samples"] < 3012
+    assert len(splits["valid"]) == (len(splits["train"]) + len(splits["valid"])) // 10
+    users = [line["user"] for split in splits.values() for line in split]
+    assert len(users) == len(set(users))
+    assert not any(set(line["history"]) & set(line["candidates"]) for split in splits.values() for line in split)
+
+
+# ---------------------------------------------------------------------------------------------------- generated files
+
+
+def movielens(folder, rows, items=50):
+    """A raw MovieLens folder of rows (user, item, stars, time)."""
+    write(folder / "movielens/movies.csv", "movieId,title,genres\n" + "".join(f"{k},Film {k},Drama\n" for k in range(items)))
+    write(folder / "movielens/ratings.csv", "userId,movieId,rating,timestamp\n" + "".join("%s,%s,%s,%s\n" % row for row in rows))
+    return folder
+
+
+def some_rows(users=300, each=20, items=50, seed=0):
+    rng = random.Random(seed)
+    return [(f"u{user}", rng.randrange(items), rng.choice([1, 2, 3, 4, 5]), rng.randrange(30))
+            for user in range(users) for _ in range(each)]
+
+
+SIZES = ("--test-size", 500, "--train-size", 600)
+
+
+def test_the_same_whatever_the_order_of_the_rows_the_bound_or_the_process(tmp_path):
+    rows = some_rows()
+    first = prepared("movielens", tmp_path / "a", *SIZES, raw=movielens(tmp_path, rows))[0]
+    command = [sys.executable, str(HERE.parent / "prepare_data.py"), "movielens", "--raw", str(tmp_path), *map(str, SIZES)]
+    subprocess.run([*command, "--out", str(tmp_path / "b")], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True,
+                   capture_output=True, timeout=100)
+    assert json.loads((tmp_path / "b/movielens/meta.json").read_text()) == first
+    random.Random(1).shuffle(rows)
+    shuffled = prepared("movielens", tmp_path / "c", *SIZES, raw=movielens(tmp_path, rows))[0]
+    assert shuffled["sha256"] == first["sha256"] and shuffled["dropped"] == first["dropped"]
+    bound = prepared("movielens", tmp_path / "d", *SIZES, "--max-rows", 6500, raw=tmp_path)[0]
+    assert bound["sha256"] == first["sha256"] and bound["share_of_users"] == 0.5
+    assert prepared("movielens", tmp_path / "e", *SIZES, "--seed", 1, raw=tmp_path)[0]["sha256"] != first["sha256"]
+
+
+def test_too_small_a_bound_is_said(tmp_path):
+    movielens(tmp_path, some_rows())
+    meta = prepared("movielens", tmp_path / "out", "--max-rows", 1000, raw=tmp_path)[0]
+    assert meta["share_of_users"] < 0.2 and meta["short"]["test_size"] == meta["splits"]["test"]["samples"]
+    assert "raise --max-rows" in run("movielens", "--raw", tmp_path, "--out", tmp_path / "x", "--max-rows", 1000)[2]
+
+
+def test_users_are_sampled_uniformly_with_complete_histories(tmp_path):
+    """Events by date, so each user is spread over the file; the bound keeps one user in sixteen or fewer."""
+    users, each = 20_000, 5
+    write(tmp_path / "hm/articles.csv", "article_id,detail_desc\n" + "".join(f"{k},Item {k}\n" for k in range(100)))
+    write(tmp_path / "hm/transactions_train.csv", "t_dat,customer_id,article_id\n" + "".join(
+        f"2020-01-0{day + 1},c{user},{(user + 7 * day) % 100}\n" for day in range(each) for user in range(users)))
+    meta, _, splits = prepared("hm", tmp_path / "out", "--test-size", 10 ** 6, "--train-size", 0, "--max-rows", 12_000,
+                               raw=tmp_path)
+    kept = [int(line["user"][1:]) for line in splits["test"]]
+    assert meta["share_of_users"] == 1 / 16 and 1100 < len(kept) < 1400
+    observed = np.bincount(np.array(kept) * 10 // users, minlength=10)  # by place in the file
+    assert np.sum((observed - len(kept) / 10) ** 2 / (len(kept) / 10)) < 27.9  # chi-square, 9 degrees: p = 0.001
+    for line in splits["test"]:
+        own = [str((int(line["user"][1:]) + 7 * day) % 100) for day in range(each)]
+        assert line["history"] == own[:3] and {i for i, label in zip(line["candidates"], line["labels"]) if label} == set(own[3:])
+
+
+def test_caps_histories_and_candidate_order(tmp_path):
+    rows = [(f"u{user}", item, 5 if item < 25 else 1, item) for user in range(200) for item in range(50)]
+    _, _, splits = prepared("movielens", tmp_path / "out", raw=movielens(tmp_path, rows))
+    places = []
+    for line in splits["test"]:
+        assert line["history"] == [str(item) for item in range(3, 23)]  # the latest 20 of 23
+        assert sum(line["labels"]) == 2 and len(line["labels"]) == 12
+        disliked = ties("movielens", line["user"], *map(str, range(25, 50)))[:10]
+        assert {item for item, label in zip(line["candidates"], line["labels"]) if not label} == set(disliked)
+        places += [place for place, label in enumerate(line["labels"]) if label]
+    assert abs(np.mean(places) - 5.5) < 4 * np.std(range(12)) / len(places) ** 0.5  # the order tells nothing
+
+
+def test_next_item_ranking(tmp_path):
+    rows = some_rows(users=400, each=30, items=1000)
+    touched = {(user, str(item)) for user, item, _, _ in rows}
+    _, _, splits = prepared("movielens", tmp_path / "out", "--positives", 1, "--negatives", 99,
+                            raw=movielens(tmp_path, rows, 1000))
+    drawn = []
+    for line in splits["test"]:
+        assert len(set(line["candidates"])) == 100 and sum(line["labels"]) == 1
+        negatives = [item for item, label in zip(line["candidates"], line["labels"]) if not label]
+        assert not any((line["user"], item) in touched for item in negatives)
+        drawn += map(int, negatives)
+    observed = np.bincount(np.array(drawn) // 100, minlength=10)
+    assert np.sum((observed - len(drawn) / 10) ** 2 / (len(drawn) / 10)) < 27.9
+
+
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_next_item_ranking_of_any_dataset(name, tmp_path):
+    _, _, splits = prepared(name, tmp_path, "--positives", 1, "--negatives", 99, "--test-size", 999, "--train-size", 0)
+    assert splits["test"] and all(sum(line["labels"]) == 1 < len(line["labels"]) for line in splits["test"])
+
+
+def test_draw_is_distinct_and_never_touched():
+    lot = lambda *parts: hashed("draw", *parts)
+    items = [f"i{k}" for k in range(100)]
+    for touched, count, found in ((range(10), 20, 20), (range(95), 20, 5), (range(100), 3, 0), (range(60), 40, 40)):
+        drawn = prepare_data.draw(set(touched), count, items, lot)
+        assert len(drawn) == len(set(drawn)) == found and not set(drawn) & set(touched)
+
+
+def test_lookup_is_a_dictionary():
+    """A table of eight places for a thousand strings: nearly every place is fought for."""
+    names = [f"n{k % 1000}" for k in range(5000)] + ["", "", "n3"]
+    look_up = prepare_data.lookup(lambda name: len(name) * 10_000 + int(name[1:] or 0), bits=3)
+    assert look_up(names).tolist() == [len(name) * 10_000 + int(name[1:] or 0) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def test_prepared_twice_is_left_alone_and_replaced_only_when_asked(tmp_path):
+    movielens(tmp_path, some_rows())
+    first, out = prepared("movielens", tmp_path / "out", *SIZES, raw=tmp_path)[0], tmp_path / "out/movielens"
+    before = (out / "meta.json").stat().st_mtime_ns
+    code, text, _ = run("movielens", "--raw", tmp_path, "--out", tmp_path / "out", *SIZES)
+    assert code == 0 and "already prepared" in text and (out / "meta.json").stat().st_mtime_ns == before
+    code, _, err = run("movielens", "--raw", tmp_path, "--out", tmp_path / "out", "--test-size", 100)
+    assert code == 2 and "--overwrite" in err and json.loads((out / "meta.json").read_text()) == first
+    assert prepared("movielens", tmp_path / "out", "--test-size", 100, "--overwrite", raw=tmp_path)[0] != first
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["movielens"]
+
+
+@pytest.mark.parametrize("step", ["json.dumps", "os.rename", "common.write_json"])
+def test_stopped_half_way_nothing_is_lost(tmp_path, monkeypatch, step):
+    movielens(tmp_path, some_rows())
+    first = prepared("movielens", tmp_path / "out", *SIZES, raw=tmp_path)[0]
+    module, function = step.split(".")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(prepare_data, module), function, stop)
+        assert run("movielens", "--raw", tmp_path, "--out", tmp_path / "out", "--overwrite")[0] == 130
+    assert json.loads((tmp_path / "out/movielens/meta.json").read_text()) == first
+    second = prepared("movielens", tmp_path / "out", "--overwrite", raw=tmp_path)[0]
+    assert second["plan"]["test_size"] == 20_000 and [p.name for p in (tmp_path / "out").iterdir()] == ["movielens"]
+
+
+def test_sha256_is_of_the_files(tmp_path):
+    meta = prepared("yelp", tmp_path)[0]
+    files = [tmp_path / "yelp" / f"{table}.jsonl" for table in ("items", "train", "valid", "test")]
+    assert meta["sha256"] == hashlib.sha256(b"".join(p.read_bytes() for p in files if p.exists())).hexdigest()
+
+
+def test_list_names_every_home_page():
+    code, out, _ = run("--list")
+    assert code == 0 and all(name in out and source.home in out for name, source in prepare_data.SOURCES.items())
+    assert set(prepare_data.SOURCES) == set(prepare_data.RECBENCH) == set(common.DATASETS)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def broken(tmp_path, name, file=None, change=None):
+    """A copy of a miniature in which the bytes of one file were changed (None: removed)."""
+    shutil.copytree(RAW / name, tmp_path / name, dirs_exist_ok=True)
+    if file:
+        path = tmp_path / name / file
+        data = change(path.read_bytes())
+        path.unlink() if data is None else path.write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, file, change, says", [
+    ("movielens", "ratings.csv", lambda data: None, "grouplens.org"),
+    ("mind", "train/news.tsv", lambda data: None, "msnews.github.io"),
+    ("netflix", "combined_data_4.txt", lambda data: None, "combined_data_4.txt"),
+    ("movielens", "ratings.csv", lambda data: b"", "empty"),
+    ("movielens", "ratings.csv", lambda data: data.split(b"\n")[0], "0 of 0 rows"),
+    ("movielens", "ratings.csv", lambda data: data.replace(b",", b";"), "no column"),
+    ("movielens", "ratings.csv", lambda data: random.Random(0).randbytes(5000), "no column"),
+    ("movielens", "ratings.csv", lambda data: data.replace(b"rating", b"stars"), "'rating'"),
+    ("movielens", "ratings.csv", lambda data: data.replace(b",5.0,", b",five,"), "malformed"),
+    ("movielens", "ratings.csv", lambda data: data.replace(b",5.0,", b",50,"), "malformed"),
+    ("mind", "train/behaviors.tsv", lambda data: data.replace(b"\t", b","), "malformed"),
+    ("mind", "train/behaviors.tsv", lambda data: data.replace(b"11/1", b"13/4"), "malformed"),
+    ("mind", "train/behaviors.tsv", lambda data: data.replace(b"-1", b""), "malformed"),
+    ("steam", "train_game.txt", lambda data: data.replace(b",", b";"), "malformed"),
+    ("yelp", "yelp_academic_dataset_review.json", lambda data: data.replace(b"2018-", b"on "), "malformed"),
+    ("yelp", "yelp_academic_dataset_review.json", lambda data: data.replace(b"{", b"["), "malformed"),
+    ("yelp", "yelp_academic_dataset_review.json", lambda data: b"[" * 100_000 + b"\n", "malformed"),
+    ("yelp", "yelp_academic_dataset_review.json", lambda data: data.replace(b"user_id", b"user"), "malformed"),
+    ("lastfm", "userid-timestamp-artid-artname-traid-traname.tsv", lambda data: b"\0" * 5000, "malformed"),
+    ("cds", "CDs_and_Vinyl.json.gz", lambda data: data[:len(data) // 2], "cut short"),
+    ("cds", "CDs_and_Vinyl.json.gz", lambda data: gzip.decompress(data), "cut short"),
+    ("cds", "CDs_and_Vinyl.json.gz", lambda data: data[:60] + b"\xff\xff\xff\xff" + data[64:], "damaged"),
+])
+def test_bad_file_is_one_line(tmp_path, name, file, change, says):
+    code, _, err = run(name, "--raw", broken(tmp_path, name, file, change), "--out", tmp_path / "out")
+    assert code == 2 and err.startswith("error: ") and says in err
+    assert not (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("args, says", [
+    (["movie"], "unknown dataset 'movie'"), ([], "name the datasets"), (["movielens", "--seed", "x"], "--seed"),
+    (["movielens", "--max-history", "0"], "--max-history"), (["news-a"], "unknown"), (["mind", "--raw", "/nowhere"], "msnews"),
+    (["mind", "--from-recbench", "/nowhere"], "kaggle"), (["yelp", "--test-size", "0", "--train-size", "0"], "no samples"),
+])
+def test_bad_command_is_one_line(tmp_path, args, says):
+    code, _, err = run("--raw", RAW, "--out", tmp_path, *args)
+    assert code == 2 and err.startswith("error: ") and says in err
+
+
+def test_all_files_are_looked_for_before_any_work(tmp_path):
+    assert run("yelp", "mind", "--raw", broken(tmp_path, "yelp"), "--out", tmp_path / "out")[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad, code", [(3, 0), (4, 2)])
+def test_up_to_one_percent_of_malformed_rows_is_counted(tmp_path, bad, code):
+    rows = some_rows(users=300, each=1) + [("u0", item, 5, item) for item in range(10)] + [("u0", 20, 1, 0)]
+    movielens(tmp_path, rows)
+    path = tmp_path / "movielens/ratings.csv"
+    table = path.read_text().splitlines()
+    for line in range(bad):  # lines 10, 11, ... of the file
+        table[9 + line] = "1,2,3"
+    path.write_text("\n".join(table[:8] + ["", "  "] + table[8:]))  # two blank lines, which are not rows
+    got, _, err = run("movielens", "--raw", tmp_path, "--out", tmp_path / "out")
+    assert got == code
+    if code:
+        assert "4 of 311 rows are malformed, the first on line 12" in err
+    else:
+        count = json.loads((tmp_path / "out/movielens/meta.json").read_text())["rows"]["events"]["ratings.csv"]
+        assert count == {"rows": 311, "malformed": 3, "first_malformed_line": 12}
+
+
+def test_half_surrogates_survive(tmp_path):
+    movielens_like = [{"user_id": "\ud800y", "business_id": f"p\udc00{k}", "stars": s, "date": f"2018-01-0{k + 1}"}
+                      for k, s in enumerate([5.0, 5.0, 5.0, 1.0])]
+    write(tmp_path / "yelp/yelp_academic_dataset_business.json", "".join(
+        json.dumps({"business_id": f"p\udc00{k}", "name": f"Name \ud801 {k}"}) + "\n" for k in range(4)))
+    write(tmp_path / "yelp/yelp_academic_dataset_review.json", "".join(json.dumps(row) + "\n" for row in movielens_like))
+    _, items, splits = prepared("yelp", tmp_path / "out", raw=tmp_path)
+    assert splits["test"][0]["user"] == "\ud800y" and items["p\udc000"] == "Name ? 0"
+
+
+# --------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def mutated(data, rng):
+    """Bytes of a raw file, damaged: bytes flipped, lines cut, repeated or mixed up, columns swapped, encodings broken."""
+    rows = data.splitlines(keepends=True) or [b""]
+    row = rng.randrange(len(rows))
+    for separator in (b"\t", b",", b": ", b" "):
+        if separator in rows[row]:
+            break
+    parts = rows[row].split(separator)
+    kind = rng.randrange(9)
+    if kind == 0:
+        data = bytearray(data)
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        return bytes(data)
+    if kind == 1:
+        return data[:rng.randrange(len(data))]
+    if kind == 2:
+        rng.shuffle(parts)
+        rows[row] = separator.join(parts)
+    elif kind == 3:
+        swapped = [line.split(separator) for line in rows]
+        return b"".join(separator.join([line[-1].rstrip(b"\r\n"), *line[1:-1], line[0]]) + b"\n" for line in swapped)
+    elif kind == 4:
+        rows[row] = rows[row][:rng.randrange(len(rows[row]))] + b"\n"
+    elif kind == 5:
+        rng.shuffle(rows)
+    elif kind == 6:
+        return data.decode("latin-1").encode(rng.choice(["utf-16", "utf-8", "utf-32-be"]))
+    elif kind == 7:
+        rows[row] = rng.choice([b'"', b"\0", b"\xff\xfe", b"[", b"9" * 400, b"\\ud800", b"NaN", b"-", b"null"]).join(parts)
+    else:
+        rows = [line for line in rows if rng.random() < 0.7] or rows
+    return b"".join(rows)
+
+
+def fuzz(name, tmp_path, turns):
+    files = sorted(path.relative_to(RAW / name) for path in (RAW / name).rglob("*") if path.is_file())
+    outcomes = set()
+    for turn in range(turns):
+        rng = random.Random(f"{name} {turn}")
+        raw, file = tmp_path / str(turn), rng.choice(files)
+        shutil.copytree(RAW / name, raw / name)
+        data = (raw / name / file).read_bytes()
+        packed = file.suffix == ".gz" and rng.random() < 0.8
+        data = gzip.decompress(data) if packed else data
+        if rng.random() < 0.7:  # so many rows that a malformed one is under 1%
+            head, *rest = data.splitlines(keepends=True)
+            data = head + b"".join(rest) * 40
+        data = mutated(data, rng)
+        (raw / name / file).write_bytes(gzip.compress(data) if packed else data)
+        code, out, err = run(name, "--raw", raw, "--out", raw / "out", "--test-size", 5, "--train-size", 99)
+        outcomes.add(code)
+        assert code in (0, 2), (turn, err)
+        if code == 2:
+            assert err.startswith("error: ") and not (raw / "out" / name).exists()
+        else:
+            assert sum(row["samples"] for row in json.loads(
+                (raw / "out" / name / "meta.json").read_text(encoding="utf-8"))["splits"].values()) > 0
+        shutil.rmtree(raw)
+    assert outcomes == {0, 2}  # the damage is neither all harmless nor all deadly
+
+
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_fuzz(name, tmp_path):
+    fuzz(name, tmp_path, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_fuzz_more(name, tmp_path):
+    fuzz(name, tmp_path, 200)
+
+
+# ------------------------------------------------------------------------------------------------ the authors' samples
+
+
+def parquet(path, columns):
+    from pyarrow import parquet as files, table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_table(table(columns), path)
+
+
+def recbench(folder, name):
+    """Files in the authors' layout: numbers for ids, a null text, duplicates, one-class users, users out of order."""
+    user, item, history, label, *attributes = prepare_data.RECBENCH[name].split()
+    parquet(folder / "items.parquet", {item: [1, 2, 3, 4, 2], attributes[0]: ["One", "old", None, "Four", " Two  x "],
+                                       **{key: ["a", "b", "c", None, "e"] for key in attributes[1:]}})
+    parquet(folder / "users.parquet", {user: [7, 8, 9, 6, 7], history: [[4], [1, 1], [], list(range(1, 5)) * 6, [1, 2, 3]]})
+    parquet(folder / "test.parquet", {user: [8, 7, 8, 8], item: [1, 3, 1, 2], label: [1, 0, 1, 0]})
+    parquet(folder / "finetune.parquet", {user: [9, 6], item: [4, 4], label: [1, 1]})
+    return attributes
+
+
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_from_recbench(name, tmp_path):
+    pytest.importorskip("pyarrow")
+    attributes = recbench(tmp_path / "in" / name, name)
+    (tmp_path / "in" / name / "valid_user_set_0.1.txt").write_text("6\n")
+    code, _, err = run(name, "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 0, err
+    folder = tmp_path / "out" / name
+    assert lines(folder / "test.jsonl") == [
+        {"user": "8", "history": ["1", "1"], "candidates": ["1", "1", "2"], "labels": [1, 1, 0]},
+        {"user": "7", "history": ["1", "2", "3"], "candidates": ["3"], "labels": [0]}]
+    assert lines(folder / "train.jsonl") == [{"user": "9", "history": [], "candidates": ["4"], "labels": [1]}]
+    assert lines(folder / "valid.jsonl") == [
+        {"user": "6", "history": [str(k) for k in list(range(1, 5)) * 5], "candidates": ["4"], "labels": [1]}]
+    texts = {row["id"]: row["text"] for row in lines(folder / "items.jsonl")}
+    if len(attributes) == 1:
+        assert texts == {"1": "One", "2": "Two x", "3": "", "4": "Four"}
+    else:
+        first, second = attributes
+        assert texts == {"1": f"{first}: One, {second}: a", "2": f"{first}: Two x, {second}: e", "3": "", "4": f"{first}: Four"}
+
+
+def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    recbench(tmp_path / "in/yelp", "yelp")
+    assert run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    assert [line["user"] for line in lines(tmp_path / "out/yelp/valid.jsonl")] == \
+        [min(("9", "6"), key=lambda user: hashed(2025, "yelp", user))]
+    recbench(tmp_path / "in/mind", "yelp")
+    code, _, err = run("mind", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 2 and "needs the columns" in err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "new")
+    assert code == 2 and "pip install pyarrow" in err
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_five_thousand_impressions(tmp_path):
+    rng = random.Random(0)
+    write(tmp_path / "mind/news.tsv", "".join(f"N{k}\tnews\tx\tTitle {k}\t\t\t[]\t[]\n" for k in range(5000)))
+    write(tmp_path / "mind/behaviors.tsv", "".join("{}\tU{}\t11/{}/2019 9:05:58 AM\t{}\t{}\n".format(
+        k, rng.randrange(3000), rng.randint(10, 20), " ".join(f"N{rng.randrange(5000)}" for _ in range(25)),
+        " ".join(f"N{rng.randrange(5000)}-{int(rng.random() < 0.1)}" for _ in range(20))) for k in range(5000)))
+    start = time.perf_counter()
+    prepared("mind", tmp_path / "out", raw=tmp_path)
+    assert time.perf_counter() - start < 3
+
+
+def big_ratings(folder, rows, users=150_000, items=60_000):
+    """Ratings in random order."""
+    rng = np.random.default_rng(0)
+    movielens(folder, [], items)
+    with open(folder / "movielens/ratings.csv", "a") as file:
+        for _ in range(rows // 100_000):
+            columns = (rng.integers(0, high, 100_000).tolist() for high in (users, items, 6, 10 ** 9))
+            file.writelines(f"{user},{item},{stars}.0,{time}\n" for user, item, stars, time in zip(*columns))
+    return "movielens", "movielens/ratings.csv"
+
+
+def big_sequences(folder, rows, users=400_000, items=100_000):
+    """Purchases sorted by date."""
+    rng = np.random.default_rng(0)
+    write(folder / "hm/articles.csv", "article_id,detail_desc\n" + "".join(f"{k:010},Item {k}\n" for k in range(items)))
+    with open(folder / "hm/transactions_train.csv", "w") as file:
+        file.write("t_dat,customer_id,article_id,price,sales_channel_id\n")
+        names = [hashlib.sha256(str(user).encode()).hexdigest() for user in range(users)]
+        for k in range(rows // 100_000):
+            day = np.datetime64("2018-09-20") + 700 * k * 100_000 // rows
+            columns = (rng.integers(0, high, 100_000).tolist() for high in (users, items))
+            file.writelines(f"{day},{names[user]},{item:010},0.0508135,{item % 2}\n" for user, item in zip(*columns))
+    return "hm", "hm/transactions_train.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generate", [big_ratings, big_sequences])
+def test_ten_million_rows(generate, tmp_path):
+    """Rows a second as a share of a bare csv.reader pass over the same file, and peak memory (pytest -s shows them)."""
+    rows = 10_000_000
+    name, file = generate(tmp_path, rows)
+    start = time.perf_counter()
+    with open(tmp_path / file, newline="", encoding="utf-8") as table:
+        assert sum(1 for _ in csv.reader(table)) == rows + 1
+    bare = time.perf_counter() - start
+    command = [sys.executable, str(HERE.parent / "prepare_data.py"), name, "--raw", str(tmp_path), "--out", str(tmp_path / "o")]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, timeout=550)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+    print(f"\n{name}: {rows / seconds:,.0f} rows/s in {seconds:.1f} s, {bare / seconds:.0%} of csv.reader's speed "
+          f"({bare:.1f} s), peak {peak:.2f} GB")
+    assert peak < 1.5 and bare / seconds > 0.25
