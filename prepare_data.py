@@ -11,10 +11,10 @@
 Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line a user {"user",
 "history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read, dropped and why; sha256).
 
-Files of any size are read as a stream. Kept are all rows of the users whose hash is below a threshold; when they exceed
---max-rows the threshold is halved. Users are then taken in the order of their hashes, for test first, then for valid and
-train: a uniform sample of users with complete histories, whatever the order of the rows. Every random choice is a hash
-of (seed, dataset, user, item): the same on every machine and for every --max-rows.
+Files of any size are read as a stream. Kept are all rows of the users whose hash is below a threshold; when they
+exceed --max-rows the threshold is halved. Users are then taken in the order of their hashes, for test first, then for
+valid and train: a uniform sample of users with complete histories, whatever the order of the rows. Every random choice
+is a hash of (seed, dataset, user, item): the same on every machine and for every --max-rows.
 """
 import csv
 import functools
@@ -44,6 +44,7 @@ import common
 from common import UserError
 
 NEUTRAL, HISTORY = -1, 2  # labels beside 0 and 1: three stars; the history of an impression (its item: a list of ids)
+int8, int64 = (functools.partial(np.fromiter, dtype=dtype) for dtype in (np.int8, np.int64))
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError)
 
 # -------------------------------------------------------------------------------------------------- what a field says
@@ -102,7 +103,7 @@ def liking(stars):
 
 @functools.lru_cache(1 << 16)
 def iso_time(text):
-    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; UTC unless a zone is given."""
+    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; no zone: UTC."""
     moment = datetime.fromisoformat(text)
     return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
@@ -132,12 +133,12 @@ def texts(*names, of=None):
 
 
 def ratings(time, label=liking):
-    return lambda users, items, times, stars: (strings(users), strings(items),
-                                               np.fromiter(map(time, times), np.int64), np.fromiter(map(label, stars), np.int8))
+    return lambda users, items, times, stars: (strings(users), strings(items), int64(map(time, times)),
+                                               int8(map(label, stars)))
 
 
 def visits(time):
-    return lambda users, items, times: (users, items, np.fromiter(map(time, times), np.int64), np.ones(len(users), np.int8))
+    return lambda users, items, times: (users, items, int64(map(time, times)), np.ones(len(users), np.int8))
 
 
 def lists(separator):
@@ -150,12 +151,12 @@ def lists(separator):
 
 
 def impressions(shown):
-    """An impression is its history, as one event, and candidates, all at time 0: what was clicked anywhere is clicked."""
+    """An impression is its history, as one event, and candidates, all at time 0: clicked anywhere is clicked."""
     def events(users, times, histories, *columns):
         rows = [row for user, time, history, *rest in zip(users, map(us_time, times), histories, *columns)
-                for row in chain([(user, history, time, HISTORY)], ((user, item, 0, label) for item, label in shown(*rest)))]
+                for row in [(user, history, time, HISTORY), *((user, item, 0, label) for item, label in shown(*rest))]]
         users, items, times, labels = zip(*rows)
-        return users, items, np.fromiter(times, np.int64), np.fromiter(labels, np.int8)
+        return users, items, int64(times), int8(labels)
     return events
 
 
@@ -232,11 +233,13 @@ SOURCES = {
     "netflix": Source(
         "https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
         [Table(["movie_titles.csv"], TAB, (0, 2, 1), texts("title", "year"), netflix_titles, "latin-1")],
-        Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], COMMA, (1, 0, 3, 2), ratings(iso_time), netflix_ratings)),
+        Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], COMMA, (1, 0, 3, 2), ratings(iso_time),
+              netflix_ratings)),
     "cds": amazon("CDs_and_Vinyl"),
     "lastfm": Source(
         "http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
-        [Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (4, 5, 3), texts("track_name", "artist_name"))],
+        [Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (4, 5, 3),
+               texts("track_name", "artist_name"))],
         Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (0, 4, 1), visits(iso_time))),
     "hm": Source(
         "https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
@@ -259,7 +262,8 @@ SOURCES = {
     "yelp": Source(
         "https://business.yelp.com/data/resources/open-dataset/",
         [Table(["yelp_academic_dataset_business.json"], JSON, ("business_id", "name"), texts("name"))],
-        Table(["yelp_academic_dataset_review.json"], JSON, ("user_id", "business_id", "date", "stars"), ratings(iso_time))),
+        Table(["yelp_academic_dataset_review.json"], JSON, ("user_id", "business_id", "date", "stars"),
+              ratings(iso_time))),
 }
 
 # -------------------------------------------------------------------------------------------------------- reading files
@@ -277,7 +281,8 @@ def find(name, raw):
     items = next((table for table in source.items if all(paths[file] for file in table.files)), source.items[0])
     for file in chain(items.files, source.events.files):
         if not paths[file] or not paths[file].stat().st_size:
-            raise UserError(f"{folder / file} (or .gz) is {'empty' if paths[file] else 'missing'}; get it from {source.home}")
+            problem = "empty" if paths[file] else "missing"
+            raise UserError(f"{folder / file} (or .gz) is {problem}; get it from {source.home}")
     return items, [paths[file] for file in items.files], source.events, [paths[file] for file in source.events.files]
 
 
@@ -497,7 +502,7 @@ def draw(touched, count, items, lot):
     return list(drawn)
 
 
-# ------------------------------------------------------------------------------------------------ splits and their files
+# ----------------------------------------------------------------------------------------------- splits and their files
 
 
 def prepare(name, args):
@@ -514,7 +519,8 @@ def prepare(name, args):
     counts, dropped = {"items": {}, "events": {}}, Counter()
     texts = read_items(items_table, items_paths, counts["items"], dropped)
     blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_paths)
-    *sample, share = sample_users(blocks, texts, functools.partial(common.digest, args.seed, name), args.max_rows, dropped)
+    hash_of = functools.partial(common.digest, args.seed, name)
+    *sample, share = sample_users(blocks, texts, hash_of, args.max_rows, dropped)
     items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
     users = filter(None, (user_line(*user, items, numbers, plan, dropped) for user in in_hash_order(*sample)))
     test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
@@ -557,7 +563,7 @@ def unchanged(out, name, plan, files, overwrite):
         print(f"{folder} is already prepared with these arguments")
         return True
     if folder.exists() and not overwrite:
-        raise UserError(f"{folder} was made with other arguments or raw files (see its meta.json); --overwrite replaces it")
+        raise UserError(f"{folder} was made with other arguments or raw files; --overwrite replaces it")
     return False
 
 
@@ -575,13 +581,13 @@ def write_dataset(out, name, items, splits, meta):
     written, sha256 = items_of(chain(*splits.values())), hashlib.sha256()
     for table, rows in {"items": [{"id": item, "text": items[item]} for item in written], **splits}.items():
         with open(new / f"{table}.jsonl", "wb") as file:
-            for line in chain(json.dumps(row, ensure_ascii=False) + "\n" for row in rows):
-                line = line.encode("utf-8", "backslashreplace")  # half surrogate pairs in ids: JSON escapes again
+            for row in rows:  # half surrogate pairs in ids become JSON escapes again
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
                 sha256.update(line)
                 file.write(line)
     row = common.dataset(name)
-    meta = {"format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind, "seed": meta["plan"]["seed"],
-            **meta, "items": len(written), "sha256": sha256.hexdigest(), "splits": {
+    meta = {"format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind,
+            "seed": meta["plan"]["seed"], **meta, "items": len(written), "sha256": sha256.hexdigest(), "splits": {
                 split: {"users": len(users), "items": len(items_of(users)), "samples": samples(users),
                         "positives": sum(sum(user["labels"]) for user in users)} for split, users in splits.items()}}
     common.write_json(new / "meta.json", meta)
@@ -640,8 +646,8 @@ def from_recbench(name, folder, args):
     valid = set(sorted(tuned, key=functools.partial(common.digest, args.seed, name))[:max(1, len(tuned) // 10)])
     if "valid_user_set_0.1.txt" in files:
         valid = set((folder / "valid_user_set_0.1.txt").read_text(encoding="utf-8").splitlines())
-    splits = {"train": [tuned[who] for who in tuned if who not in valid], "valid": [tuned[who] for who in tuned if who in valid],
-              "test": list(lines["test"].values())}
+    splits = {"train": [tuned[who] for who in tuned if who not in valid],
+              "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines["test"].values())}
     items = dict.fromkeys(items_of(chain(*splits.values())), "")
     for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
         if str(one) in items:
@@ -793,8 +799,8 @@ def list_datasets():
         source = SOURCES[name]
         files = dict.fromkeys(chain(*(table.files for table in (*source.items, source.events))))
         roles = " and ".join(["test"] * row.test + ["fine-tune"] * row.finetune)
-        print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives {row.negatives:4} negatives   "
-              f"{source.home}\n{'':12} {', '.join(files)}")
+        print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
+              f"{row.negatives:4} negatives\n{'':12} {source.home}\n{'':12} {', '.join(files)}")
 
 
 def number_from(least):
@@ -812,13 +818,13 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
     parser.add_argument("--list", action="store_true", help="print the datasets, their raw files and home pages")
     parser.add_argument("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
-    parser.add_argument("--from-recbench", metavar="DIR", type=Path, help="read the authors' parquet files DIR/<dataset>/")
+    parser.add_argument("--from-recbench", metavar="DIR", type=Path, help="convert DIR/<dataset>/*.parquet instead")
     parser.add_argument("--out", default="data", help="folder to write <dataset>/ into (--data of the other scripts)")
-    parser.add_argument("--test-size", type=number_from(0), help="samples; None: 20000 if it is a test set, else 0")
-    parser.add_argument("--train-size", type=number_from(0), help="train and valid; None: 100000 if for fine-tuning, else 0")
-    parser.add_argument("--max-history", type=number_from(1), default=20, help="the latest items of a history are written")
-    parser.add_argument("--positives", type=number_from(1), help="a user's; None: see --list. If given, negatives are drawn")
-    parser.add_argument("--negatives", type=number_from(1), help="a user's, drawn from items never touched; None: see --list")
+    parser.add_argument("--test-size", type=number_from(0), help="samples; None: 20000 or 0, by its role")
+    parser.add_argument("--train-size", type=number_from(0), help="train and valid; None: 100000 or 0, by its role")
+    parser.add_argument("--max-history", type=number_from(1), default=20, help="items written of a history, the latest")
+    parser.add_argument("--positives", type=number_from(1), help="a user's; where given, negatives are drawn")
+    parser.add_argument("--negatives", type=number_from(1), help="a user's, drawn where given; None: see --list")
     parser.add_argument("--max-rows", type=number_from(1), default=20_000_000, help="events kept in memory")
     parser.add_argument("--seed", type=int, default=2025, help="of the choice of users, candidates and ties")
     parser.add_argument("--overwrite", action="store_true", help="replace what was made with other arguments")

@@ -1,4 +1,4 @@
-"""prepare_data.py: every raw format by a hand-made miniature (tests/raw), the rules that all share, sampling, bad input."""
+"""prepare_data.py: every raw format by a hand-made miniature (tests/raw), the shared rules, sampling, bad input."""
 import contextlib
 import csv
 import gzip
@@ -22,6 +22,7 @@ import prepare_data
 
 HERE = Path(__file__).parent
 RAW = HERE / "raw"
+SCRIPT = str(HERE.parent / "prepare_data.py")
 REAL = HERE.parent.parent / "shared" / "raw"
 
 
@@ -66,7 +67,8 @@ def ties(name, user, *items):
 
 H = ["Hotel_Review-g1-d1-Reviews-Hotel_Baltic-Giulianova_Province_of_Teramo_Abruzzo.html",
      "Hotel_Review-g2-d2-Reviews-The_St._Regis-New_York_City_New_York.html",
-     "Hotel_Review-g3-d3-Reviews-Bed-and-Breakfast_Uno-Rome_Lazio.html", "Hotel_Review-g4-d4-Reviews-Four_Seasons-Paris.html"]
+     "Hotel_Review-g3-d3-Reviews-Bed-and-Breakfast_Uno-Rome_Lazio.html",
+     "Hotel_Review-g4-d4-Reviews-Four_Seasons-Paris.html"]
 E, M2, C2 = ties("electronics", "R1", "E1", "E2", "E3", "E4", "E5"), ties("microlens", "2", "1", "2", "3", "4"), \
     ties("hm", "c2", "0108775015", "0108775044", "0110065002")
 SONGS = [f"t{k:02}" for k in range(1, 15)]
@@ -86,11 +88,12 @@ LINES = {  # dataset: user: (history, positives, negatives), worked out by hand
     "pog": {"a1": ("i2 i1", "i3", "i4 i6"), "a3": ("i2 i6", "i4", "i1 i3")},
     "electronics": {"R1": (E[:3], E[3:], "E6 E7")},
     "steam": {"s1": ("10 20", "50 30", "40 70"), "s3": ("70 40", "30 20", "10 50")},
-    "hotelrec": {"ann": (H[1], [H[2], H[0]], H[3])},
+    "hotelrec": {"ann": (H[1:2], [H[2], H[0]], H[3:])},
     "yelp": {"y1": ("p3", "p2 p1", "p4")},
 }
 TEXTS = {
-    "mind": {"N1": "First", "N2": '"Second, he said', "N3": "Third thing", "N4": "Fourth", "N6": "Sixth", "N7": "Seventh"},
+    "mind": {"N1": "First", "N2": '"Second, he said', "N3": "Third thing", "N4": "Fourth", "N6": "Sixth",
+             "N7": "Seventh"},
     "pens": {"N1": "One", "N2": "Two", "N3": "Three", "N4": "Four", "N5": "Five"},
     "goodreads": {"b1": "The Hobbit", "b2": "Émile", "b3": "Dune", "b5": "Emma"},
     "books": {"A1": "Pride & Prejudice", "A2": "War and Peace", "A4": "I <3 you, 2 < 3", "A7": "Seven"},
@@ -105,44 +108,44 @@ TEXTS = {
            "0111565001": "Semi shiny tights", "0111586001": "Knitted hat"},
     "pog": {"i1": "Dress, red", "i2": "Hat", "i3": "Shoes", "i4": "Bag", "i6": "Watch"},
     "electronics": {f"E{k}": f"Cable {k}" for k in range(1, 8)},
-    "steam": {"10": "Counter-Strike", "20": "Pokémon™, the game", "30": "三国", "40": "Déjà vu", "50": "Portal", "70": "Braid"},
+    "steam": {"10": "Counter-Strike", "20": "Pokémon™, the game", "30": "三国", "40": "Déjà vu", "50": "Portal",
+              "70": "Braid"},
     "hotelrec": {H[0]: "hotel_name: Hotel Baltic, hotel_location: Giulianova Province of Teramo Abruzzo",
                  H[1]: "hotel_name: The St. Regis, hotel_location: New York City New York",
                  H[2]: "hotel_name: Bed-and-Breakfast Uno, hotel_location: Rome Lazio",
                  H[3]: "hotel_name: Four Seasons, hotel_location: Paris"},
     "yelp": {"p1": 'Pizza "Roma"', "p2": "Café Olé", "p3": "42", "p4": "Taco Town"},
 }
+TEXT, ITEM, PAST = "items without text", "events whose item has no text", "users without history"
+NEG, THREE, AGAIN = "users without negatives", "neutral ratings", "repeated events"
 DROPPED = {  # what else must stand in meta.json; all that is not named here is 0
-    "mind": {"items without text": 1, "events whose item has no text": 2, "items of histories without text": 1,
-             "repeated events": 3, "candidates that stand in the history": 1, "users without history": 1,
-             "users without negatives": 1},
-    "pens": {"repeated events": 1, "candidates that stand in the history": 1, "users without negatives": 1},
-    "goodreads": {"items without text": 1, "events whose item has no text": 1, "users without history": 1,
-                  "users without negatives": 1},
-    "books": {"items without text": 2, "events whose item has no text": 2, "neutral ratings": 1, "users without history": 1},
-    "movielens": {"items without text": 1, "events whose item has no text": 2, "neutral ratings": 1, "repeated events": 2,
-                  "users without history": 1},
-    "microlens": {"items without text": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
-    "netflix": {"items without text": 1, "events whose item has no text": 1, "neutral ratings": 2, "users without history": 1},
-    "cds": {"repeated events": 4, "neutral ratings": 1, "users without negatives": 1},
-    "lastfm": {"items without id": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
-    "hm": {"items without text": 1, "events whose item has no text": 1, "repeated events": 1, "users without history": 1},
-    "pog": {"items without text": 1, "events whose item has no text": 3, "repeated events": 1, "users without history": 1},
-    "electronics": {"users without negatives": 1},
-    "steam": {"items without text": 1, "events whose item has no text": 3, "repeated events": 1, "users without history": 1},
-    "hotelrec": {"events without user": 1, "neutral ratings": 2, "users without history": 1},
-    "yelp": {"items without text": 1, "events whose item has no text": 1, "users without history": 1},
+    "mind": {TEXT: 1, ITEM: 2, "items of histories without text": 1,
+             AGAIN: 3, "candidates that stand in the history": 1, PAST: 1,
+             NEG: 1},
+    "pens": {AGAIN: 1, "candidates that stand in the history": 1, NEG: 1},
+    "goodreads": {TEXT: 1, ITEM: 1, PAST: 1,
+                  NEG: 1},
+    "books": {TEXT: 2, ITEM: 2, THREE: 1, PAST: 1},
+    "movielens": {TEXT: 1, ITEM: 2, THREE: 1, AGAIN: 2,
+                  PAST: 1},
+    "microlens": {TEXT: 1, ITEM: 1, AGAIN: 1, PAST: 1},
+    "netflix": {TEXT: 1, ITEM: 1, THREE: 2, PAST: 1},
+    "cds": {AGAIN: 4, THREE: 1, NEG: 1},
+    "lastfm": {"items without id": 1, ITEM: 1, AGAIN: 1, PAST: 1},
+    "hm": {TEXT: 1, ITEM: 1, AGAIN: 1, PAST: 1},
+    "pog": {TEXT: 1, ITEM: 3, AGAIN: 1, PAST: 1},
+    "electronics": {NEG: 1},
+    "steam": {TEXT: 1, ITEM: 3, AGAIN: 1, PAST: 1},
+    "hotelrec": {"events without user": 1, THREE: 2, PAST: 1},
+    "yelp": {TEXT: 1, ITEM: 1, PAST: 1},
 }
-
-
-def spread(ids):
-    return ids.split() if isinstance(ids, str) and "-Reviews-" not in ids else [ids] if isinstance(ids, str) else list(ids)
 
 
 @pytest.mark.parametrize("name", common.DATASETS)
 def test_miniature(name, tmp_path):
     meta, items, splits = prepared(name, tmp_path, "--test-size", 999, "--train-size", 0)
-    expected = {user: tuple(map(spread, line)) for user, line in LINES[name].items()}
+    expected = {user: [ids.split() if isinstance(ids, str) else ids for ids in line]
+                for user, line in LINES[name].items()}
     got = {line["user"]: (line["history"], dict(zip(line["candidates"], line["labels"]))) for line in splits["test"]}
     assert got == {user: (history, {**dict.fromkeys(liked, 1), **dict.fromkeys(disliked, 0)})
                    for user, (history, liked, disliked) in expected.items()}
@@ -158,10 +161,11 @@ def test_miniature(name, tmp_path):
 
 
 def test_pog_with_its_own_titles(tmp_path):
-    write(tmp_path / "raw/pog/item_data.txt", "".join(f"i{k},c1,//img/{k}.jpg,红色, 标题 {k}\n" for k in (1, 2, 3, 4, 6)))
+    write(tmp_path / "raw/pog/item_data.txt", "".join(f"i{k},c1,//img/{k}.jpg,红色, 标题 {k}\n" for k in "12346"))
     shutil.copy(RAW / "pog/user_data.txt", tmp_path / "raw/pog/user_data.txt")
     _, items, splits = prepared("pog", tmp_path, raw=tmp_path / "raw")
-    assert items["i2"] == "红色, 标题 2" and {line["user"] for line in splits["train"] + splits["valid"]} == {"a1", "a3"}
+    assert items["i2"] == "红色, 标题 2"
+    assert {line["user"] for line in splits["train"] + splits["valid"]} == {"a1", "a3"}
 
 
 @pytest.mark.skipif(not (REAL / "movielens").exists(), reason="the real MovieLens file is not at hand")
@@ -182,8 +186,10 @@ def test_movielens_as_it_is(tmp_path):
 
 def movielens(folder, rows, items=50):
     """A raw MovieLens folder of rows (user, item, stars, time)."""
-    write(folder / "movielens/movies.csv", "movieId,title,genres\n" + "".join(f"{k},Film {k},Drama\n" for k in range(items)))
-    write(folder / "movielens/ratings.csv", "userId,movieId,rating,timestamp\n" + "".join("%s,%s,%s,%s\n" % row for row in rows))
+    write(folder / "movielens/movies.csv", "movieId,title,genres\n" + "".join(
+        f"{k},Film {k},Drama\n" for k in range(items)))
+    write(folder / "movielens/ratings.csv", "userId,movieId,rating,timestamp\n" + "".join(
+        "%s,%s,%s,%s\n" % row for row in rows))
     return folder
 
 
@@ -199,7 +205,7 @@ SIZES = ("--test-size", 500, "--train-size", 600)
 def test_the_same_whatever_the_order_of_the_rows_the_bound_or_the_process(tmp_path):
     rows = some_rows()
     first = prepared("movielens", tmp_path / "a", *SIZES, raw=movielens(tmp_path, rows))[0]
-    command = [sys.executable, str(HERE.parent / "prepare_data.py"), "movielens", "--raw", str(tmp_path), *map(str, SIZES)]
+    command = [sys.executable, SCRIPT, "movielens", "--raw", str(tmp_path), *map(str, SIZES)]
     subprocess.run([*command, "--out", str(tmp_path / "b")], env={**os.environ, "PYTHONHASHSEED": "7"}, check=True,
                    capture_output=True, timeout=100)
     assert json.loads((tmp_path / "b/movielens/meta.json").read_text()) == first
@@ -232,7 +238,8 @@ def test_users_are_sampled_uniformly_with_complete_histories(tmp_path):
     assert np.sum((observed - len(kept) / 10) ** 2 / (len(kept) / 10)) < 27.9  # chi-square, 9 degrees: p = 0.001
     for line in splits["test"]:
         own = [str((int(line["user"][1:]) + 7 * day) % 100) for day in range(each)]
-        assert line["history"] == own[:3] and {i for i, label in zip(line["candidates"], line["labels"]) if label} == set(own[3:])
+        assert line["history"] == own[:3]
+        assert {item for item, label in zip(line["candidates"], line["labels"]) if label} == set(own[3:])
 
 
 def test_caps_histories_and_candidate_order(tmp_path):
@@ -372,8 +379,9 @@ def test_bad_file_is_one_line(tmp_path, name, file, change, says):
 
 @pytest.mark.parametrize("args, says", [
     (["movie"], "unknown dataset 'movie'"), ([], "name the datasets"), (["movielens", "--seed", "x"], "--seed"),
-    (["movielens", "--max-history", "0"], "--max-history"), (["news-a"], "unknown"), (["mind", "--raw", "/nowhere"], "msnews"),
-    (["mind", "--from-recbench", "/nowhere"], "kaggle"), (["yelp", "--test-size", "0", "--train-size", "0"], "no samples"),
+    (["movielens", "--max-history", "0"], "--max-history"), (["news-a"], "unknown"),
+    (["mind", "--raw", "/nowhere"], "msnews"), (["mind", "--from-recbench", "/nowhere"], "kaggle"),
+    (["yelp", "--test-size", "0", "--train-size", "0"], "no samples"),
 ])
 def test_bad_command_is_one_line(tmp_path, args, says):
     code, _, err = run("--raw", RAW, "--out", tmp_path, *args)
@@ -404,11 +412,11 @@ def test_up_to_one_percent_of_malformed_rows_is_counted(tmp_path, bad, code):
 
 
 def test_half_surrogates_survive(tmp_path):
-    movielens_like = [{"user_id": "\ud800y", "business_id": f"p\udc00{k}", "stars": s, "date": f"2018-01-0{k + 1}"}
-                      for k, s in enumerate([5.0, 5.0, 5.0, 1.0])]
+    reviews = [{"user_id": "\ud800y", "business_id": f"p\udc00{k}", "stars": stars, "date": f"2018-01-0{k + 1}"}
+               for k, stars in enumerate([5.0, 5.0, 5.0, 1.0])]
     write(tmp_path / "yelp/yelp_academic_dataset_business.json", "".join(
         json.dumps({"business_id": f"p\udc00{k}", "name": f"Name \ud801 {k}"}) + "\n" for k in range(4)))
-    write(tmp_path / "yelp/yelp_academic_dataset_review.json", "".join(json.dumps(row) + "\n" for row in movielens_like))
+    write(tmp_path / "yelp/yelp_academic_dataset_review.json", "".join(json.dumps(row) + "\n" for row in reviews))
     _, items, splits = prepared("yelp", tmp_path / "out", raw=tmp_path)
     assert splits["test"][0]["user"] == "\ud800y" and items["p\udc000"] == "Name ? 0"
 
@@ -417,7 +425,7 @@ def test_half_surrogates_survive(tmp_path):
 
 
 def mutated(data, rng):
-    """Bytes of a raw file, damaged: bytes flipped, lines cut, repeated or mixed up, columns swapped, encodings broken."""
+    """Bytes of a raw file, damaged: bytes flipped, lines cut or mixed up, columns swapped, encodings broken."""
     rows = data.splitlines(keepends=True) or [b""]
     row = rng.randrange(len(rows))
     for separator in (b"\t", b",", b": ", b" "):
@@ -445,7 +453,7 @@ def mutated(data, rng):
     elif kind == 6:
         return data.decode("latin-1").encode(rng.choice(["utf-16", "utf-8", "utf-32-be"]))
     elif kind == 7:
-        rows[row] = rng.choice([b'"', b"\0", b"\xff\xfe", b"[", b"9" * 400, b"\\ud800", b"NaN", b"-", b"null"]).join(parts)
+        rows[row] = rng.choice([b'"', b"\0", b"\xff\xfe", b"[", b"9" * 400, b"\\ud800", b"NaN", b"null"]).join(parts)
     else:
         rows = [line for line in rows if rng.random() < 0.7] or rows
     return b"".join(rows)
@@ -503,7 +511,8 @@ def recbench(folder, name):
     user, item, history, label, *attributes = prepare_data.RECBENCH[name].split()
     parquet(folder / "items.parquet", {item: [1, 2, 3, 4, 2], attributes[0]: ["One", "old", None, "Four", " Two  x "],
                                        **{key: ["a", "b", "c", None, "e"] for key in attributes[1:]}})
-    parquet(folder / "users.parquet", {user: [7, 8, 9, 6, 7], history: [[4], [1, 1], [], list(range(1, 5)) * 6, [1, 2, 3]]})
+    parquet(folder / "users.parquet", {
+        user: [7, 8, 9, 6, 7], history: [[4], [1, 1], [], list(range(1, 5)) * 6, [1, 2, 3]]})
     parquet(folder / "test.parquet", {user: [8, 7, 8, 8], item: [1, 3, 1, 2], label: [1, 0, 1, 0]})
     parquet(folder / "finetune.parquet", {user: [9, 6], item: [4, 4], label: [1, 1]})
     return attributes
@@ -528,7 +537,8 @@ def test_from_recbench(name, tmp_path):
         assert texts == {"1": "One", "2": "Two x", "3": "", "4": "Four"}
     else:
         first, second = attributes
-        assert texts == {"1": f"{first}: One, {second}: a", "2": f"{first}: Two x, {second}: e", "3": "", "4": f"{first}: Four"}
+        assert texts == {"1": f"{first}: One, {second}: a", "2": f"{first}: Two x, {second}: e", "3": "",
+                         "4": f"{first}: Four"}
 
 
 def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
@@ -594,7 +604,7 @@ def test_ten_million_rows(generate, tmp_path):
     with open(tmp_path / file, newline="", encoding="utf-8") as table:
         assert sum(1 for _ in csv.reader(table)) == rows + 1
     bare = time.perf_counter() - start
-    command = [sys.executable, str(HERE.parent / "prepare_data.py"), name, "--raw", str(tmp_path), "--out", str(tmp_path / "o")]
+    command = [sys.executable, SCRIPT, name, "--raw", str(tmp_path), "--out", str(tmp_path / "o")]
     start = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, timeout=550)
     seconds = time.perf_counter() - start
