@@ -331,7 +331,7 @@ def compare(folders):
 # ------------------------------------------------------------------------------------------------------------ picture
 
 WIDTH, HEIGHT, GAP, LEFT, TOP = 92, 60, 14, 196, 142  # of a cell; between groups; where the cells begin
-INK, GREY, NEUTRAL, BLUE, ORANGE = "#1f2328", "#59636e", (244, 244, 242), (16, 82, 156), (172, 68, 0)
+INK, GREY, NEUTRAL, BLUE, ORANGE = "#1f2328", "#59636e", (244, 244, 242), (24, 88, 160), (160, 58, 0)
 
 
 def draw_svg(matrix):
