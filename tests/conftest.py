@@ -1,10 +1,12 @@
 """pytest's settings: the scripts are importable, tests marked slow run only with --slow."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest on one thread
 
 
 def pytest_addoption(parser):
