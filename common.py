@@ -412,8 +412,8 @@ def embed(scorer, ids):
 
 def embedding_tokens(scorer, histories, items):
     """Token ids of the text of every history (list of texts) and of every item (text), and counts of what was cut."""
-    users, cut = encode_users(scorer, [(history, []) for history in histories],
     prompt = scorer.prompt
+    users, cut = encode_users(scorer, [(history, []) for history in histories],
                               lambda history, _: [fill(prompt["user"], history=history_lines(prompt, history))])
     texts, more = encode_users(scorer, [([], [item]) for item in items],
                                lambda _, candidates: [fill(prompt["candidate"], candidate=candidates[0])])
