@@ -4,10 +4,9 @@
     ... --dry-run | grep finetune.py | parallel        then        ... --dry-run | grep evaluate.py | parallel
     python transfer_matrix.py --compare matrix matrix-of-a-larger-model
 
-Rows: the base model (zero-shot), the model fine-tuned on each source, and on joined sources (a+b). Columns: the test
-sets and their means. A training is a finetune.py command line, a cell an evaluate.py command line, printed before it
-runs; what is there is not run again. Writes OUT/matrix.json (everything), .csv, .md (also printed) and .svg (a heat map),
-beside OUT/runs/<source>/ and OUT/cells/<source>/. What fails is left empty; exit code 1 then.
+Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: the test sets, their means.
+A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs; what is there is not run again.
+Writes OUT/matrix.json (everything), .csv, .md (also printed), .svg (a heat map), OUT/runs/<source>/, OUT/cells/<source>/.
 """
 import argparse
 import contextlib
@@ -28,7 +27,6 @@ import finetune
 from common import UserError, say
 
 ZERO = "zero-shot"
-ITEMS = 1000  # item texts that a dataset's mean embedding is taken over
 SIGN = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -69,15 +67,14 @@ def main(argv=None):
     pieces = {(s, t): piece(args, s, t) for s in [ZERO, *args.sources] for t in [None, *args.targets]}
     del pieces[ZERO, None]
     if args.dry_run:
-        missing = [this for this in pieces.values() if args.overwrite or not is_there(this[-1])]
-        for _, _, line, _ in sorted(missing, key=lambda this: this[0] is evaluate):  # trainings first
-            print(line)
+        for _, _, line, _, there in sorted(pieces.values(), key=lambda piece: piece[0] is evaluate):  # trainings first
+            sys.stdout.write("" if there else f"{line}\n")
         return 0
     done = {}
     for (source, target), this in pieces.items():
-        if target is None or source == ZERO or (source, None) in done:  # no cells without their training
-            if perform(args, *this):
-                done[source, target] = this[-1]
+        possible = target is None or source == ZERO or (source, None) in done  # no cells without their training
+        if possible and perform(*this):
+            done[source, target] = this[3]
     matrix = analyse(args, done)
     matrix["failed"] = [f"{s} on {t}" if t else f"training on {s}" for s, t in pieces if (s, t) not in done]
     try:
@@ -93,41 +90,36 @@ def main(argv=None):
 
 
 def piece(args, source, target=None):
-    """A row's training or, given a target, a cell: (script's module, arguments, command line, last file)."""
+    """A row's training or, given a target, a cell: (script, arguments, command line, its last file, is that there?)."""
     run, out = Path(args.out, "runs", source), Path(args.out, "cells", source)
+    argv = ["--model", args.model, *shared_flags(args)]
     if target is None:
-        module, result, own = finetune, run / "run.json", ["--train", *source.split("+"), "--out", str(run)]
+        script, result = finetune, run / "run.json"
+        argv += ["--train", *source.split("+"), "--out", str(run), *shlex.split(args.finetune_args)]
     else:
-        module, result, own = evaluate, out / f"{target}.json", ["--test", target, "--out", str(out)]
-        own += [] if source == ZERO else ["--adapter", str(run)]
-    more = args.evaluate_args if target else args.finetune_args
-    argv = ["--model", args.model, *own, *shared_flags(args), *shlex.split(more)]
-    return module, argv, shlex.join(["python", os.path.relpath(module.__file__), *argv]), result
+        script, result = evaluate, out / f"{target}.json"
+        argv += [] if source == ZERO else ["--adapter", str(run)]
+        argv += ["--test", target, "--out", str(out), *shlex.split(args.evaluate_args)]
+    line = shlex.join(["python", os.path.relpath(script.__file__), *argv])
+    there = not args.overwrite and result.exists() and common.read_json(result).get("finished", True)
+    return script, argv, line, result, there
 
 
 def shared_flags(args):
     """The shared flags that are not at their defaults, as they were given."""
-    parser = argparse.ArgumentParser()
-    common.shared_arguments(parser)
+    common.shared_arguments(parser := argparse.ArgumentParser())
     usual = vars(parser.parse_args([]))
     given = {"--" + key.replace("_", "-"): getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
     return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
 
 
-def is_there(result):
-    """Whether a piece is finished (finetune.py writes run.json at its start, too)."""
-    return result.exists() and common.read_json(result).get("finished", True)
-
-
-def perform(args, module, argv, line, result):
-    """Run a piece; returns whether it succeeded. One that is there runs as well, silently: its script refuses what was
-    made with other arguments or data."""
-    there = is_there(result) and not args.overwrite
+def perform(script, argv, line, _, there):
+    """Run a piece; returns whether it succeeded. One that is there is asked, silently, if it was made like this."""
     if not there:
         print(f"$ {line}", flush=True)
     try:
         with contextlib.redirect_stdout(io.StringIO() if there else sys.stdout):
-            code = common.run(module.main, argv)
+            code = common.run(script.main, argv)
     except Exception as error:  # whatever it is, say out of memory: the other cells are still worth having
         code = say(f"error: {type(error).__name__}: {error}") or 1
     if code == 130:  # Ctrl-C
@@ -140,10 +132,7 @@ def perform(args, module, argv, line, result):
 
 
 def analyse(args, done):
-    """The matrix from the files of what is done, {(source, target): path}; that in OUT if it was made of just these.
-
-    The cells of a row are estimates (see there) by target and for means over targets; an empty cell is {}.
-    """
+    """The matrix from the files of what is done, {(source, target): path}; that in OUT if it was made of just these."""
     known = common.read_json(path) if (path := Path(args.out, "matrix.json")).exists() else {}
     made_of = f"{common.digest(vars(args), *(path.read_text() for path in [Path(__file__), *done.values()])):016x}"
     if known.get("made_of") == made_of:
@@ -161,35 +150,31 @@ def analyse(args, done):
         train = run.get("train_chain", [] if source == ZERO else source.split("+"))
         for column, targets in {**columns, "mean of unseen": [t for t in args.targets if t not in train]}.items():
             here, zero = ([samples.get((row, t)) for t in targets] for row in (source, ZERO))
-            cell = cells[column] = estimate(here, [] if source == ZERO else zero)
+            cell = cells[column] = estimate(here, [] if source == ZERO else zero)  # {} where empty
             if cell and (result := results.get((source, column))):  # the interval as evaluate.py printed it
                 cell.update(setting=common.setting_of(train, column), value_ci=result["ci"][args.metric],
                             **{key: result[key] for key in "n_users n_samples collapsed data_sha256".split()})
         rows.append({"source": source, "train": train, "training": run, "cells": cells})
-    values = {row["source"]: {t: row["cells"][t].get("value") for t in args.targets} for row in rows}
-    singles = {source: row for source, row in values.items() if source in domains and any(row.values())}
+    singles = {row["source"]: {t: row["cells"][t].get("value") for t in args.targets}
+               for row in rows if row["source"] in domains and any(row["cells"].values())}
     marks = [row["cells"][t]["mark"] for row in rows for t in args.targets if row["cells"][t].get("gain_ci")]
-    return {"model": common.MODELS.get(args.model, args.model), "type": args.type, "metric": args.metric,
-            "targets": args.targets, "domains": domains, "rows": rows, "seed": args.seed, "made_of": made_of,
+    return {"model": common.MODELS.get(args.model, args.model), "type": args.type, "metric": args.metric, "rows": rows,
+            "targets": args.targets, "domains": domains, "foresight": known.get("foresight"), "made_of": made_of,
             "marks": {"compared": len(marks), "better": marks.count("better"), "worse": marks.count("worse"),
                       "by_chance": 0.05 * len(marks)},
-            "rra": {str(k): common.reciprocal_rank_average(singles, k) for k in args.k},
-            "foresight": known.get("foresight"), "versions": common.versions()}
+            "rra": {str(k): common.reciprocal_rank_average(singles, k) for k in args.k}}
 
 
 def draw(args, target, result, path):
     """Bootstrap draws of a cell's metric. Seeded by target: paired within a column, independent between columns."""
-    path = path.with_suffix(".scores.jsonl")
+    path, seed = path.with_suffix(".scores.jsonl"), common.digest(args.seed, target)
     arrays = evaluate.read_scores(path, args.data, target, result["split"], result["n_users"])
-    return common.bootstrap(*arrays, [args.metric], seed=common.digest(args.seed, target))[args.metric]
+    return common.bootstrap(*arrays, [args.metric], seed=seed)[args.metric]
 
 
 def estimate(cells, zero):
-    """{value, value_ci, gain, gain_ci, mark} of the mean of cells [(value, draws)], {} if one is None.
-
-    gain: difference from `zero`, the zero-shot cells of the same targets; ci: 95%, the gain's by paired bootstrap over the
-    same users; mark: "better" or "worse" where that excludes zero.
-    """
+    """{value, value_ci, gain, gain_ci, mark} of the mean of cells [(value, draws)], {} if one is None. gain: difference
+    from `zero`, the zero-shot cells of the same users; mark: where its 95% interval, a paired one, excludes zero."""
     if not cells or None in cells:
         return {}
     value, draws = (np.mean(column, 0) for column in zip(*cells))
@@ -215,14 +200,15 @@ def foresight(args, matrix):
 
 
 def likeness(args, names):
-    """{"a b": {"cosine": of the mean item embeddings of a and b under the base model, "overlap": Jaccard index of the
-    words of their item texts}} of all pairs of datasets."""
+    """{"a b": {cosine: of mean item embeddings under the base model, overlap: Jaccard index of the texts' words}}."""
     scorer, mean, words = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"})), {}, {}
     for name in names:
         items, _ = common.read_items(args.data, name)
-        texts = [items[i] for i in sorted(items, key=lambda item: common.digest(name, item))[:ITEMS]]
+        texts = [items[i] for i in sorted(items, key=lambda item: common.digest(name, item))[:1000]]  # as good as all
         mean[name] = np.mean(common.embed_all(scorer, common.embedding_tokens(scorer, [], texts)[0]), 0)
         words[name] = set(re.findall(r"\w+", " ".join(items.values()).lower()))
+        if not np.isfinite(mean[name]).all():
+            raise UserError(f"NaN or infinite embeddings on {name}; try --dtype float32")
     overlap = lambda a, b: len(a & b) / len(a | b)
     return {f"{a} {b}": {"cosine": common.cosine(mean[a], mean[b]), "overlap": overlap(words[a], words[b])}
             for a in names for b in names if a != b}
@@ -247,26 +233,26 @@ def redraw(folder):
 
 def markdown(matrix):
     """The matrix as three tables (the metric; differences from zero-shot; RRA and training) and notes."""
-    rows, columns, rra = matrix["rows"], list(matrix["rows"][0]["cells"]), matrix["rra"]
-    number = lambda x, form: "" if x is None else format(x, form)
-    show = lambda c, key, form: " ".join([c.get("setting", ""), format(c[key], form), span(c[key + "_ci"]), SIGN[c["mark"]]])
-    line = lambda row, *how: [row["source"], *(show(c, *how).strip() if c.get(how[0]) is not None else ""
-                                               for c in row["cells"].values())]
-    tables = [[[f"{matrix['metric']}, trained on", *columns], *(line(row, "value", ".3f") for row in rows)],
-              [["difference from zero-shot", *columns], *(line(row, "gain", "+.3f") for row in rows[1:])],
+    rows, rra = matrix["rows"], matrix["rra"]
+    show = lambda c, key, form: "" if c.get(key) is None else (
+        f"{c.get('setting', '')} {c[key]:{form}} {span(c[key + '_ci'])} {SIGN[c['mark']]}".strip())
+    line = lambda row, *how: [row["source"], *(show(c, *how) for c in row["cells"].values())]
+    tables = [[[f"{matrix['metric']}, trained on", *rows[0]["cells"]], *(line(row, "value", ".3f") for row in rows)],
+              [["difference from zero-shot", *rows[0]["cells"]], *(line(row, "gain", "+.3f") for row in rows[1:])],
               [["trained on", *(f"RRA@{k}" for k in rra), "steps", "samples", "best at step"]]]
     for source, run in [(row["source"], row["training"]) for row in rows[1:]]:
-        counts = run.get("steps"), run.get("samples"), run.get("best", {}).get("step")
-        tables[2].append([source, *(number(rra[k].get(source), ".3f") for k in rra), *(number(n, "d") for n in counts)])
-    head = f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"
-    return "\n\n".join([head, *map(table, tables), "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
+        counts = run.get("steps", ""), run.get("samples", ""), run.get("best", {}).get("step", "")
+        ranks = [rra[k].get(source) for k in rra]
+        tables[2].append([source, *("" if x is None else f"{x:.3f}" for x in ranks), *map(str, counts)])
+    return "\n\n".join([f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based", *map(table, tables),
+                        "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
 
 
 def table(rows):
     """A Markdown table; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], re.sub("[^|]", "-", lines[0]), *lines[1:]])
+    head, *lines = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    return "\n".join([head, re.sub("[^|]", "-", head), *lines])
 
 
 def span(interval):
@@ -279,16 +265,16 @@ def notes(matrix):
     rho = lambda key: "undefined" if fore.get(key) is None else f"{fore[key]:+.2f}"
     warnings = {
         "Zero-shot collapse, scores no better than chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
-        "Unstable training, validation fell by more than 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
+        "Unstable training, validation fell by over 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
         "Labels of sets not trained on chose the checkpoint (--valid)": [
             r["source"] for r in rows if not set(r["training"].get("valid", [])) <= set(r["train"])],
         "Failed": matrix["failed"]}
     return [
-        f"▲ better, ▼ worse (negative transfer) than zero-shot: the 95% interval of the difference, over the same users, "
-        f"excludes zero. {marks['better']} better and {marks['worse']} worse of {marks['compared']} cells; if nothing "
-        f"differed, chance would mark {marks['by_chance']:.1f} (5%).",
+        f"▲ better, ▼ worse (negative transfer): the 95% interval of the difference over the same users excludes zero. Of "
+        f"{marks['compared']} cells {marks['better']} are better, {marks['worse']} worse; by chance {marks['by_chance']:.1f} "
+        "(5%) would be marked if nothing differed.",
         "The intervals cover the choice of users, not the luck of a training run.",
-        "Unseen: targets not trained on. RRA@K: mean over targets of 1 / rank among the other single sources, 0 beyond K.",
+        "Unseen: targets not trained on. RRA@K: mean over targets of 1 / rank among the other single sources, 0 after K.",
         f"Rank correlation with the difference from zero-shot, over {len(fore['pairs'])} pairs of source and target: "
         f"cosine of mean item embeddings {rho('cosine')}, vocabulary overlap {rho('overlap')}.",
         *(f"{what}: {', '.join(names)}." for what, names in warnings.items() if names)]
@@ -297,35 +283,30 @@ def notes(matrix):
 def comma_separated(matrix):
     """A line a cell, means included, for a spreadsheet."""
     head = "source target domain setting {} low high gain gain_low gain_high mark users steps samples"
-    lines = [head.format(matrix["metric"]).split()]
-    for row, t, c in [(row, t, c) for row in matrix["rows"] for t, c in row["cells"].items() if c]:
-        run, gain_ci = row["training"], c["gain_ci"] or [None, None]
-        lines.append([row["source"], t, matrix["domains"].get(t), c.get("setting"), c["value"], *c["value_ci"],
-                      c["gain"], *gain_ci, c["mark"], c.get("n_users"), run.get("steps"), run.get("samples")])
+    lines = [[row["source"], t, matrix["domains"].get(t), c.get("setting"), c["value"], *c["value_ci"], c["gain"],
+              *(c["gain_ci"] or ["", ""]), c["mark"], c.get("n_users"), *map(row["training"].get, ("steps", "samples"))]
+             for row in matrix["rows"] for t, c in row["cells"].items() if c]
+    lines.insert(0, head.format(matrix["metric"]).split())
     return "".join(",".join("" if x is None else str(x) for x in line) + "\n" for line in lines)
 
 
 def compare(folders):
-    """One table over several matrices: models by setting, and what joint training with the target adds (H - G).
-
-    A setting's number is a mean over the targets that have it in every matrix, each the mean of its cells there.
-    """
+    """One table over several matrices: models by setting, and what joint training with the target adds (H - G)."""
     matrices = [common.read_json(Path(folder, "matrix.json")) for folder in folders]
     if len(metrics := {matrix["metric"] for matrix in matrices}) > 1:
         raise UserError(f"the matrices hold different metrics: {', '.join(sorted(metrics))}")
     values = lambda matrix, letter, t: [row["cells"][t]["value"] for row in matrix["rows"]
                                         if row["cells"].get(t, {}).get("setting") == letter]
     mean = lambda matrix, letter, names: np.mean([np.mean(values(matrix, letter, t)) for t in names])
-    targets = {letter: [t for t in matrices[0]["targets"] if all(values(m, letter, t) for m in matrices)]
-               for letter in common.SETTINGS}
-    letters = [letter for letter in targets if targets[letter]]
-    both = [t for t in targets["G"] if t in targets["H"]]
-    lines = [[*metrics, *(f"{letter} ({len(targets[letter])})" for letter in letters), f"H - G ({len(both)})"]]
+    have = {letter: [t for t in matrices[0]["targets"] if all(values(m, letter, t) for m in matrices)]
+            for letter in common.SETTINGS}
+    targets, both = {letter: names for letter, names in have.items() if names}, [t for t in have["G"] if t in have["H"]]
+    lines = [[*metrics, *(f"{letter} ({len(names)})" for letter, names in targets.items()), f"H - G ({len(both)})"]]
     for folder, m in zip(folders, matrices):
         gap = f"{mean(m, 'H', both) - mean(m, 'G', both):+.3f}" if both else ""
-        means = [f"{mean(m, letter, targets[letter]):.3f}" for letter in letters]
+        means = [f"{mean(m, letter, names):.3f}" for letter, names in targets.items()]
         lines.append([f"{m['model']}, {m['type']} ({folder})", *means, gap])
-    return "\n".join([table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in letters),
+    return "\n".join([table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
                       "- Means over the targets (how many) that have the setting, or H and G, in every matrix."])
 
 # ------------------------------------------------------------------------------------------------------------ picture
@@ -335,42 +316,36 @@ INK, GREY, NEUTRAL, BLUE, ORANGE = "#1f2328", "#59636e", (244, 244, 242), (24, 8
 
 
 def draw_svg(matrix):
-    """The matrix as a heat map (SVG text), coloured by the difference from zero-shot: blue better, orange worse.
-
-    Triangles repeat the marks, for print without colour; a white card makes it readable on dark pages.
-    """
+    """The matrix as a heat map on a white card (SVG text): blue better, orange worse than zero-shot."""
     rows, columns, domains = matrix["rows"], [*matrix["targets"], "mean"], matrix["domains"]
     xs = places([domains.get(target) for target in columns], WIDTH, LEFT)
     ys = places([domains.get(row["source"], "+" in row["source"]) for row in rows], HEIGHT, TOP)
     limit = max([0.05, *(abs(row["cells"][t].get("gain") or 0) for row in rows for t in columns)])  # darkest colour
     width, bottom = max(xs[-1] + WIDTH, LEFT + 490) + 28, ys[-1] + HEIGHT
-    title = f"Transfer matrix: {matrix['metric'].upper()} of {matrix['model']}"
-    out = [label(24, 38, title, 19, "start", room=width - 48, weight="bold"),
+    model = "/".join(matrix["model"].split("/")[-2:])
+    out = [label(24, 38, f"Transfer matrix: {matrix['metric'].upper()} of {model}", 19, "start", weight="bold"),
            label(24, 60, f"{matrix['type']}-based scores; small: difference from zero-shot", 12.5, "start", GREY),
            label((LEFT + xs[-2] + WIDTH) / 2, 92, "tested on", 13, fill=GREY),
-           f'<g transform="translate(24 {(TOP + bottom) / 2}) rotate(-90)">{label(0, 0, "trained on", 13, fill=GREY)}</g>']
-    for domain in dict.fromkeys(domains[t] for t in columns[:-1]):
-        own = [x for x, t in zip(xs, columns) if domains.get(t) == domain]
-        middle, room = (own[0] + own[-1] + WIDTH) / 2, own[-1] - own[0] + WIDTH
-        out += [label(middle, TOP - 33, domain, 11.5, fill=GREY, room=room),
-                f'<path d="M{own[0]} {TOP - 28}h{room}" stroke="#afb8c1"/>']
-    out += [label(x + WIDTH / 2, TOP - 10, target, 13, room=WIDTH, weight="bold") for x, target in zip(xs, columns)]
+           label(-(TOP + bottom) / 2, 28, "trained on", 13, fill=GREY, turn=-90)]
+    for x, target in zip(xs, columns):
+        out += [label(x + WIDTH / 2, TOP - 26, target, 13, weight="bold"),
+                label(x + WIDTH / 2, TOP - 10, domains.get(target, ""), 11.5, fill=GREY)]
     for y, row in zip(ys, rows):
-        source, one = row["source"], row["source"] in domains
-        names = textwrap.wrap(source.replace("+", " + "), 22, max_lines=4, placeholder=" ...")
-        for i, name in enumerate(names + one * [domains.get(source)]):
-            look = (11.5, "end", GREY) if i and one else (11.5 if "+" in source else 13, "end", INK, "bold")
-            at = y + HEIGHT / 2 + 12 + 14 * (i - (len(names) + one) / 2)
-            out.append(label(LEFT - 12, at, name, *look, room=LEFT - 44))
+        source, domain = row["source"], domains.get(row["source"])
+        names = textwrap.wrap(source.replace("+", " + "), 22, max_lines=4, placeholder=" ...") + [domain] * bool(domain)
+        for i, name in enumerate(names):
+            look = (11.5, "end", GREY) if i and domain else (11.5 if "+" in source else 13, "end", INK, "bold")
+            out.append(label(LEFT - 12, y + HEIGHT / 2 + 12 + 14 * (i - len(names) / 2), name, *look))
         for x, target in zip(xs, columns):
-            out += draw_cell(x, y, row["cells"][target], limit, f"trained on {source}, tested on {target}")
+            out += draw_cell(x, y, row["cells"][target], limit)
     legend, height = draw_legend(matrix, limit, bottom + 22)
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif"><rect width="{width}" height="{height}" rx="10" fill="#ffffff"/>')
-    return re.sub(r"[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", "\n".join([head, *out, *legend, "</svg>\n"]))
+    size = f'width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" font-family="Arial, sans-serif">'
+    svg = "\n".join([head, f'<rect {size} rx="10" fill="#ffffff"/>', *out, *legend, "</svg>\n"])
+    return re.sub(r"[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", svg)  # XML allows no other characters
 
 
-def draw_cell(x, y, cell, limit, about):
+def draw_cell(x, y, cell, limit):
     """SVG lines of a cell: value, setting's letter, difference from zero-shot, a triangle where it is marked."""
     middle, box = x + WIDTH / 2, f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="5" '
     if not cell:
@@ -378,26 +353,24 @@ def draw_cell(x, y, cell, limit, about):
     shade = (cell["gain"] or 0) / limit
     ink = "#ffffff" if abs(shade) > 0.75 else "#000000"  # whichever has the better contrast
     gain = "" if cell["gain"] is None else f"{cell['gain']:+.3f}".replace("-", "\u2212")
-    about = f"{about}: {cell['value']:.3f} {span(cell['value_ci'])} {gain} {span(cell['gain_ci'])}"
-    return [f'<g><title>{html.escape(about)}</title>{box}fill="{colour(shade)}"/>',
-            label(middle, y + 36, f"{cell['value']:.3f}", 17.5, fill=ink, weight="bold"),
-            label(x + 8, y + 17, cell.get("setting", ""), 11.5, "start", ink), label(middle, y + 52, gain, 11.5, fill=ink),
-            label(x + WIDTH - 8, y + 17, SIGN[cell["mark"]], 11.5, "end", ink), "</g>"]
+    return [f'{box}fill="{colour(shade)}"/>', label(x + 8, y + 17, cell.get("setting", ""), 11.5, "start", ink),
+            label(x + WIDTH - 8, y + 17, SIGN[cell["mark"]], 11.5, "end", ink), label(middle, y + 52, gain, 11.5, "middle", ink),
+            label(middle, y + 36, f"{cell['value']:.3f}", 17.5, "middle", ink, "bold")]
 
 
 def draw_legend(matrix, limit, y):
     """SVG lines of the legend under the cells, from height y, and where it ends."""
     marks, letters = matrix["marks"], {c.get("setting") for row in matrix["rows"] for c in row["cells"].values()}
-    out = [f'<rect x="{LEFT + 18 * i}" y="{y + 8}" width="18.5" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
-    for i, words in enumerate((f"\u2212{limit:.2f}", "zero-shot", f"+{limit:.2f}")):
-        out.append(label(LEFT + 99 * i, y + 37, words, 11.5))
+    out = [f'<rect x="{LEFT + 18 * i}" y="{y + 8}" width="19" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
+    scale = [f"\u2212{limit:.2f}", "zero-shot", f"+{limit:.2f}"]
     beside = [f"▲ better than zero-shot: {marks['better']} of {marks['compared']} cells",
-              f"▼ worse (negative transfer): {marks['worse']}",
+              f"▼ worse (negative transfer): {marks['worse']} of {marks['compared']}",
               f"where the 95% interval excludes zero; by chance: {marks['by_chance']:.1f}"]
     below = [*(f"{letter}: {meaning}" for letter, meaning in common.SETTINGS.items() if letter in letters),
              "Intervals cover the choice of users, not the luck of a training run."]
-    for x, top, lines in ((LEFT + 240, y + 15, beside), (LEFT, y + 76, below)):
-        out += [label(x, top + 17 * i, line, 11.5, "start") for i, line in enumerate(lines)]
+    out += [label(LEFT + 99 * i, y + 37, words, 11.5) for i, words in enumerate(scale)]
+    out += [label(LEFT + 240, y + 15 + 17 * i, words, 11.5, "start") for i, words in enumerate(beside)]
+    out += [label(LEFT, y + 76 + 17 * i, words, 11.5, "start") for i, words in enumerate(below)]
     return out, y + 82 + 17 * len(below)
 
 
@@ -412,11 +385,10 @@ def colour(shade):
     return "#" + "".join(f"{round(a + (b - a) * weight):02x}" for a, b in zip(NEUTRAL, end))
 
 
-def label(x, y, words, size, anchor="middle", fill=INK, weight="normal", room=None):
-    """A line of text, smaller where it would be wider than `room`."""
-    size = min(size, room / (0.58 * max(len(words), 1))) if room else size
-    return (f'<text x="{x:g}" y="{y:g}" font-size="{size:.3g}" text-anchor="{anchor}" fill="{fill}" '
-            f'font-weight="{weight}">{html.escape(words)}</text>')
+def label(x, y, words, size, anchor="middle", fill=INK, weight="normal", turn=0):
+    """A line of text."""
+    return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}" '
+            f'transform="rotate({turn})">{html.escape(words)}</text>')
 
 
 if __name__ == "__main__":
