@@ -96,7 +96,8 @@ def training_sets(setting, target):
     if setting not in SETTINGS:
         raise UserError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
     if setting == "F":
-        raise UserError(f"setting F trains on one dataset of another domain: name it with --train (not {', '.join(same) or target})")
+        raise UserError("setting F trains on one dataset of another domain: name it with --train "
+                        f"(not {', '.join(same) or target})")
     sets = {"A": [], "B": [], "C": [target], "D": [n for n in same if n != target], "E": same,
             "G": [n for n in trainable if n != target], "H": trainable}[setting]
     if not set(sets) <= set(trainable) or setting_of(sets, target, setting == "A") != setting:
@@ -633,19 +634,25 @@ def baseline_scores(kind, seed, name, user, items, popularity):
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 
-# What the metrics need of every sample: its user (0..users-1), label, how many candidates of the same user score higher
-# (above) or the same (tied, itself included), and how many of these are positive. Then users' sizes and positives.
+# What the metrics need. Arrays (samples,): the sample's user (0..users-1, ascending), its label, how many candidates of
+# the same user score higher (above) or the same (tied, itself included), and how many of these are positive. Arrays
+# (users,): candidates (size) and positives. A metric is a function of Ranks with one value a user: (users,).
 Ranks = namedtuple("Ranks", "user label above tied positives_above positives_tied size positives")
 
 
 def rank_candidates(scores, labels, users):
-    """Rank the candidates within each user. scores, labels (0/1), users: arrays (samples,); users in any order.
+    """Rank the candidates within each user: Ranks. Users are numbered as np.unique sorts them.
 
-    Raises UserError on NaN or infinite scores: they have no rank.
+    scores (higher is better), labels (0 or 1), users (numbers or strings): arrays (samples,), in any order. Raises
+    UserError on NaN or infinite scores, which have no rank, on other labels, and where there are no samples.
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if not scores.size:
+        raise UserError("there are no samples to compute metrics from")
     if not np.isfinite(scores).all():
         raise UserError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are NaN or infinite")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise UserError("labels are 0 or 1, and some here are not")
     user = np.unique(users, return_inverse=True)[1]
     order = np.lexsort((-scores, user))
     user, scores, label = user[order], scores[order], labels[order].astype(np.int64)
@@ -660,16 +667,17 @@ def rank_candidates(scores, labels, users):
 
 
 def auc(scores, labels):
-    """Area under the ROC curve over all samples: P(a positive scores above a negative) + 1/2 P(they tie).
+    """Area under the ROC curve over all samples (float): P(a positive scores above a negative) + 1/2 P(they tie).
 
-    auc = (1 / PN) sum over positives i of (#negatives below i + 1/2 #negatives tied with i). NaN with one class only.
+    auc = (1 / PN) sum over positives i of (#negatives below i + 1/2 #negatives tied with i), for P positives and N
+    negatives (Hanley & McNeil 1982); NaN with one class only. Arguments and errors: rank_candidates.
     """
     r = rank_candidates(scores, labels, np.zeros(len(labels), int))
     return float(group_auc(r)[0])
 
 
 def group_auc(r):
-    """Each user's own AUC (see auc); NaN where a user has one class only. The authors' code calls the mean GAUC."""
+    """Each user's own AUC (see auc): (users,), NaN where there is one class only. The authors' code: GAUC, its mean."""
     negatives = (r.size - r.positives)[r.user]
     above, tied = r.above - r.positives_above, r.tied - r.positives_tied  # negatives only
     return mean_by_user(r, (negatives - above - tied / 2) / np.where(negatives, negatives, np.nan))
@@ -681,9 +689,10 @@ def mean_by_user(r, value):
 
 
 def ndcg(r, k):
-    """nDCG@k = DCG@k / ideal DCG@k, DCG@k = sum over positives at rank i <= k of 1 / log2(i + 1), by user.
+    """nDCG@k = DCG@k / ideal DCG@k, DCG@k = sum over positives at rank i <= k of 1 / log2(i + 1): (users,).
 
-    Ties: the expected DCG over random order, where a positive takes each rank of its tied group equally often.
+    Ties: the expected DCG over random order, where a positive takes each rank of its tied group equally often (McSherry
+    & Najork 2008, as for the other metrics at k and mrr). NaN for users without a positive, as in all that follow.
     """
     discount = np.r_[0, np.cumsum(1 / np.log2(np.arange(2, k + 2)))]  # discount[n]: of ranks 1..n
     to = lambda n: discount[np.minimum(n, k)]
@@ -692,12 +701,12 @@ def ndcg(r, k):
 
 
 def recall(r, k):
-    """recall@k: the share of a user's positives among the first k; expected value over ties."""
+    """recall@k = #positives at ranks <= k / #positives: (users,); expected value over random order of ties."""
     return mean_by_user(r, np.clip(k - r.above, 0, r.tied) / r.tied)
 
 
 def first_positive(r, value):
-    """E[value(rank of the user's first positive)] over random order of ties, by user; NaN without a positive.
+    """E[value(rank of the user's first positive)] over random order of ties: (users,). value: ranks -> numbers.
 
     In the first tied group with p positives among g, at ranks a+1..a+g, the first positive comes j-th with probability
     C(g-j, p-1) / C(g, p), here from the survival P(later than j) = prod over i < j of (g-p-i) / (g-i).
@@ -716,46 +725,52 @@ def first_positive(r, value):
 
 
 def mrr(r):
-    """Reciprocal rank of the first positive, by user; expected value over ties."""
+    """1 / rank of the user's first positive: (users,); expected value over random order of ties."""
     return first_positive(r, lambda rank: 1 / rank)
 
 
 def hit(r, k):
-    """hit@k: whether a positive is among the first k, by user; its probability over random order of ties."""
+    """hit@k: 1 where a positive is at a rank <= k, else 0: (users,); its probability over random order of ties."""
     return first_positive(r, lambda rank: rank <= k)
 
 
 def lrap(r):
-    """Label-ranking average precision, by user: mean over positives i of (#positives scoring >= i) / (#candidates >= i).
+    """Label-ranking average precision: mean over positives i of #positives scoring >= i / #candidates scoring >= i.
 
-    As scikit-learn's, ties included (there they count against the model). The authors' code prints it as MRR.
+    (users,), as scikit-learn's label_ranking_average_precision_score, which takes the last rank of a tied group instead
+    of the expected value. The authors' code prints it under the name MRR.
     """
     return mean_by_user(r, (r.positives_above + r.positives_tied) / (r.above + r.tied))
 
 
 def logloss(scores, labels, users):
-    """Mean over a user's samples of -log P(label), P(yes) = 1 / (1 + exp(-score)), score = logit(yes) - logit(no)."""
+    """Mean over a user's samples of -log P(label), P(yes) = 1 / (1 + exp(-score)), score = logit(yes) - logit(no).
+
+    scores, labels, users: as in rank_candidates, which checks them. (users,), in nats; lower is better; log 2 for a
+    score of 0. No gap is too large: log(1 + exp(x)) is computed without exp(x).
+    """
     user, scores = np.unique(users, return_inverse=True)[1], np.asarray(scores, np.float64)
     return np.bincount(user, np.logaddexp(0, np.where(np.asarray(labels) == 1, -scores, scores))) / np.bincount(user)
 
 
 METRICS = {
-    "group_auc": group_auc, "ndcg@1": lambda r: ndcg(r, 1), "ndcg@5": lambda r: ndcg(r, 5), "ndcg@10": lambda r: ndcg(r, 10),
+    "group_auc": group_auc,
+    "ndcg@1": lambda r: ndcg(r, 1), "ndcg@5": lambda r: ndcg(r, 5), "ndcg@10": lambda r: ndcg(r, 10),
     "mrr": mrr, "lrap": lrap, "recall@1": lambda r: recall(r, 1), "recall@5": lambda r: recall(r, 5),
     "hit@1": lambda r: hit(r, 1), "hit@5": lambda r: hit(r, 5), "hit@10": lambda r: hit(r, 10),
 }  # each: Ranks -> value by user; the metric is the mean over the users for whom it is defined
-METRIC_NAMES = ["auc", *METRICS, "logloss"]
+METRIC_NAMES = ["auc", *METRICS, "logloss"]  # the higher the better, but for logloss
 
 
 def by_user(scores, labels, users, with_logloss=True):
-    """{metric: values (users,)} for all metrics but auc, NaN where a user does not count."""
+    """{metric: values (users,)} for all metrics but auc, NaN where a user does not count. See rank_candidates."""
     r = rank_candidates(scores, labels, users)
     values = {name: metric(r) for name, metric in METRICS.items()}
     return {**values, "logloss": logloss(scores, labels, users)} if with_logloss else values
 
 
 def metric(name, scores, labels, users):
-    """One metric by its name: a float, None where it is undefined."""
+    """One of METRIC_NAMES: a float, None where no user defines it. Arguments and errors: rank_candidates."""
     value = np.array([auc(scores, labels)]) if name == "auc" else by_user(scores, labels, users)[name]
     return nanmean(value)
 
@@ -771,31 +786,33 @@ def nanmean(values):
 def bootstrap(scores, labels, users, names, draws=1000, seed=0):
     """Metrics of `draws` resamples of the users: {name: array (draws,)}, NaN where a draw leaves a metric undefined.
 
-    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). The draws depend
-    on seed and number of users only: two models' draws on the same users are paired, and may be subtracted.
+    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). Which users are
+    drawn depends on seed and number of users only: two models' draws on the same users are paired, and may be
+    subtracted. names: some of METRIC_NAMES. Arguments and errors otherwise: rank_candidates.
     """
-    user, labels = np.unique(users, return_inverse=True)[1], np.asarray(labels)
-    n, rng, out = int(user.max()) + 1, np.random.default_rng(seed), {name: np.full(draws, np.nan) for name in names}
-    values = by_user(scores, labels, users)
-    table = np.array([values[name] for name in names if name != "auc"]).reshape(-1, n)
+    values, means = by_user(scores, labels, users), [name for name in names if name != "auc"]
+    n, rng = len(values["logloss"]), np.random.default_rng(seed)
+    table = np.array([values[name] for name in means]).reshape(-1, n)
     counts, table = ~np.isnan(table), np.nan_to_num(table)
-    order = np.argsort(scores, kind="stable")
-    user, positive, ordered = user[order], labels[order] == 1, np.asarray(scores)[order]
-    tied = np.cumsum(np.r_[False, ordered[1:] != ordered[:-1]])
+    user, positive = np.unique(users, return_inverse=True)[1], np.asarray(labels) == 1
+    tied = np.unique(scores, return_inverse=True)[1]  # samples of equal score have a number, the lowest score 0
+    drawn, aucs = np.empty((len(means), draws)), np.empty(draws)
     for draw in range(draws):
         weight = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
         with np.errstate(invalid="ignore"):
-            for name, value in zip([name for name in names if name != "auc"], (table @ weight) / (counts @ weight)):
-                out[name][draw] = value
+            drawn[:, draw] = (table @ weight) / (counts @ weight)
             if "auc" in names:  # as in auc(), every sample weighted by how often its user was drawn
                 w = weight[user]
                 p, q = np.bincount(tied, w * positive), np.bincount(tied, w * ~positive)
-                out["auc"][draw] = p @ (np.cumsum(q) - q / 2) / (p.sum() * q.sum())
-    return out
+                aucs[draw] = p @ (np.cumsum(q) - q / 2) / (p.sum() * q.sum())
+    return {name: aucs if name == "auc" else drawn[means.index(name)] for name in names}
 
 
 def interval(draws, level=0.95):
-    """[low, high]: the percentile interval of bootstrap draws, None where no draw defines the metric."""
+    """[low, high]: the percentile interval of bootstrap draws (draws,), NaN left out; None where no draw is defined.
+
+    The difference of two models' draws gives the paired test: they differ where its interval excludes 0.
+    """
     draws = draws[~np.isnan(draws)]
     return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])] if len(draws) else None
 
@@ -803,26 +820,26 @@ def interval(draws, level=0.95):
 def evaluate_scores(scores, labels, users, is_logit=True, draws=1000, seed=0):
     """All metrics with intervals: {auc, ..., "ci": {metric: [low, high]}, "users_counted": {metric: users}}.
 
-    is_logit: scores are logit differences; else logloss is None. The intervals cover the choice of users, not the luck
-    of a training run.
+    None where a metric or an interval is undefined, so the result is plain JSON. is_logit: scores are differences of
+    logits; else logloss is None. The intervals cover the choice of users, not the luck of a training run. Arguments and
+    errors otherwise: rank_candidates, bootstrap.
     """
-    values = by_user(scores, labels, users)
-    names = [name for name in METRIC_NAMES if name != "logloss" or is_logit]
-    sampled = bootstrap(scores, labels, users, names, draws, seed)
-    result = {"auc": None if np.isnan(whole := auc(scores, labels)) else whole, "logloss": None}
-    result.update({name: nanmean(values[name]) for name in names if name != "auc"})
-    result = {name: result[name] for name in METRIC_NAMES}
-    result["ci"] = {name: interval(sampled[name]) for name in names}
-    result["users_counted"] = {name: int((~np.isnan(values[name])).sum()) for name in names if name != "auc"}
+    values = by_user(scores, labels, users, is_logit)
+    sampled = bootstrap(scores, labels, users, ["auc", *values], draws, seed)
+    result = {**dict.fromkeys(METRIC_NAMES), "auc": nanmean(np.array([auc(scores, labels)]))}
+    result.update({name: nanmean(value) for name, value in values.items()})
+    result["ci"] = {name: interval(sample) for name, sample in sampled.items()}
+    result["users_counted"] = {name: int((~np.isnan(value)).sum()) for name, value in values.items()}
     return result
 
 
 def reciprocal_rank_average(table, k):
-    """RRA@K: how well a training set transfers to the other sets. {source: value}, None without a target.
+    """RRA@K: how well a training set transfers to the other sets. {source: value in 0..1}, None without a target.
 
-    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0, with rank_t(s) the rank of s among
-    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
-    the formula is our reading. table: {source: {target: metric or None}}; a target with a None is left out.
+    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0, with rank_t(s) the rank of s
+    among the sources other than t by the metric on t. Ties: the expected value over random order. The name is the
+    paper's, the formula is our reading. table: {source: {target: metric or None}}, single sources only, of a metric
+    where more is better (not logloss); a target with an empty cell (None, or missing) is left out for all sources.
     """
     gain = lambda rank: 1 / rank if rank <= k else 0.0
     targets = list(dict.fromkeys(target for row in table.values() for target in row))
