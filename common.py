@@ -299,22 +299,31 @@ def answer_gaps(scorer, rows):
     return logits[:, 0] - logits[:, 1]
 
 
-def prompt_rows(scorer, users, max_tokens):
-    """Rows of the prompts of users [(history texts, candidate texts)], and counts of tokens and of what was cut.
+def prompt_tokens(scorer, users):
+    """Token ids of the prompts of users [(history texts, candidate texts)], a list a user; counts of what was cut."""
+    mask = scorer.tokenizer.mask_token if scorer.family == "masked" else ""
+    return encode_users(scorer, users, lambda history, candidates: [
+        text + mask for text in candidate_prompts(scorer.prompt, history, candidates)])
 
-    The results' places count the candidates of all users in order. Without packing, each prompt is a row of its own.
+
+def pack_users(scorer, prompts, max_tokens):
+    """Rows of the prompts of users, [[token ids]]; without packing, each prompt is a row of its own.
+
+    The results' places count the candidates of all users in order.
     """
-    render = functools.partial(candidate_prompts, scorer.prompt)
-    if scorer.family == "masked":
-        render = lambda history, candidates: [text + scorer.tokenizer.mask_token for text in
-                                              candidate_prompts(scorer.prompt, history, candidates)]
-    prompts, counts = encode_users(scorer, users, render)
     rows, place = [], 0
     for group in prompts:
         places = range(place, place + len(group))
         place += len(group)
         rows += pack(group, places, max_tokens) if scorer.packs else [Row([], [p], [i]) for p, i in zip(group, places)]
-        counts["tokens_unpacked"] += sum(map(len, group))
+    return rows
+
+
+def prompt_rows(scorer, users, max_tokens):
+    """Rows of the prompts of users [(history texts, candidate texts)], and counts of tokens and of what was cut."""
+    prompts, counts = prompt_tokens(scorer, users)
+    rows = pack_users(scorer, prompts, max_tokens)
+    counts["tokens_unpacked"] = sum(len(prompt) for group in prompts for prompt in group)
     counts["tokens_scored"] = sum(map(row_length, rows))
     return rows, counts
 
@@ -531,31 +540,36 @@ def read_run(folder, model=None, kind=None):
     run = read_json(Path(folder, "run.json"))
     if not run.get("finished"):
         raise UserError(f"{folder} is unfinished: run its finetune.py command again to finish it")
-    if model and (run["model"], run["type"]) != (MODELS.get(model, model), kind):
-        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, "
-                        f"not for {MODELS.get(model, model)} {kind}")
+    if not model:
+        return run
+    prints = run.get("arguments", {}).get("model_fingerprint"), fingerprint(model)
+    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may have moved
+    if not same or run["type"] != kind:
+        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
+                        f"{MODELS.get(model, model)} {kind}{' (as its files are now)' if run['model'] == model else ''}")
     return run
 
 
 def load_adapter(scorer, folder, trainable=False):
-    """The scorer with the LoRA adapter of a run on its model, in float32 at least."""
+    """The scorer with the LoRA adapter of a run on its model, in float32 at least. Raises UserError where it does not fit."""
     from peft import PeftModel
     try:
-        model = PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable)
+        return scorer._replace(model=PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval())
     except Exception as error:
         raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
-    return scorer._replace(model=model.train(trainable))
 
 
 def fingerprint(folder):
-    """A hash of a local model's or adapter's weights (names, sizes, ends of files); None for a hub id or no folder."""
+    """A hash of a local model's or adapter's weights (names, sizes, 16 samples of a MB a file); None where there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
     parts = []
     for path in files:
+        size, content = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
-            head = file.read(1 << 20)
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            parts += [path.name, path.stat().st_size, hashlib.sha256(head + file.read()).hexdigest()]
+            for start in range(0, size, max(1 << 20, size // 16)):
+                file.seek(start)
+                content.update(file.read(1 << 20))
+        parts += [path.name, size, content.hexdigest()]
     return f"{digest(*parts):016x}" if parts else None
 
 
