@@ -4,9 +4,9 @@
     ... --dry-run | grep finetune.py | parallel        then        ... --dry-run | grep evaluate.py | parallel
     python transfer_matrix.py --compare matrix matrix-of-a-larger-model
 
-Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: the test sets, their means.
-A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs; what is there is not run again.
-Writes OUT/matrix.json (everything), .csv, .md (also printed), .svg (a heat map), OUT/runs/<source>/, OUT/cells/<source>/.
+Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: test sets and means.
+A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs unless it is there already.
+Writes matrix.json (everything), .csv, .md (printed, too), .svg (a heat map), runs/<source>/, cells/<source>/ in OUT.
 """
 import argparse
 import contextlib
@@ -67,13 +67,12 @@ def main(argv=None):
     pieces = {(s, t): piece(args, s, t) for s in [ZERO, *args.sources] for t in [None, *args.targets]}
     del pieces[ZERO, None]
     if args.dry_run:
-        for _, _, line, _, there in sorted(pieces.values(), key=lambda piece: piece[0] is evaluate):  # trainings first
-            sys.stdout.write("" if there else f"{line}\n")
-        return 0
+        ordered = sorted(pieces.values(), key=lambda piece: piece[0] is evaluate)  # trainings first
+        return sys.stdout.writelines(f"{line}\n" for _, _, line, _, there in ordered if not there)
     done = {}
     for (source, target), this in pieces.items():
-        possible = target is None or source == ZERO or (source, None) in done  # no cells without their training
-        if possible and perform(*this):
+        # no cells without their training
+        if (target is None or source == ZERO or (source, None) in done) and perform(*this):
             done[source, target] = this[3]
     matrix = analyse(args, done)
     matrix["failed"] = [f"{s} on {t}" if t else f"training on {s}" for s, t in pieces if (s, t) not in done]
@@ -201,23 +200,21 @@ def foresight(args, matrix):
 
 def likeness(args, names):
     """{"a b": {cosine: of mean item embeddings under the base model, overlap: Jaccard index of the texts' words}}."""
-    scorer, mean, words = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"})), {}, {}
+    scorer, mean, w = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"})), {}, {}
     for name in names:
         items, _ = common.read_items(args.data, name)
         texts = [items[i] for i in sorted(items, key=lambda item: common.digest(name, item))[:1000]]  # as good as all
         mean[name] = np.mean(common.embed_all(scorer, common.embedding_tokens(scorer, [], texts)[0]), 0)
-        words[name] = set(re.findall(r"\w+", " ".join(items.values()).lower()))
+        w[name] = set(re.findall(r"\w+", " ".join(items.values()).lower()))
         if not np.isfinite(mean[name]).all():
             raise UserError(f"NaN or infinite embeddings on {name}; try --dtype float32")
-    overlap = lambda a, b: len(a & b) / len(a | b)
-    return {f"{a} {b}": {"cosine": common.cosine(mean[a], mean[b]), "overlap": overlap(words[a], words[b])}
+    return {f"{a} {b}": {"cosine": common.cosine(mean[a], mean[b]), "overlap": len(w[a] & w[b]) / len(w[a] | w[b])}
             for a in names for b in names if a != b}
 
 
 def rank_correlation(pairs):
     """Spearman's: the correlation of ranks, ties at their average rank; None below 3 pairs or without spread."""
-    rank = lambda column: [sum(y < x for y in column) + sum(y == x for y in column) / 2 for x in column]
-    ranks = [rank(column) for column in zip(*pairs)]
+    ranks = [[sum(y < x for y in col) + sum(y == x for y in col) / 2 for x in col] for col in zip(*pairs)]
     return float(np.corrcoef(*ranks)[0, 1]) if len(pairs) > 2 and all(map(np.ptp, ranks)) else None
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -234,16 +231,16 @@ def redraw(folder):
 def markdown(matrix):
     """The matrix as three tables (the metric; differences from zero-shot; RRA and training) and notes."""
     rows, rra = matrix["rows"], matrix["rra"]
-    show = lambda c, key, form: "" if c.get(key) is None else (
-        f"{c.get('setting', '')} {c[key]:{form}} {span(c[key + '_ci'])} {SIGN[c['mark']]}".strip())
+    show = lambda c, key, form: "" if c.get(key) is None else "{} {:{}} [{:.3f}, {:.3f}] {}".format(
+        c.get("setting", ""), c[key], form, *c[f"{key}_ci"], SIGN[c["mark"]]).strip()
     line = lambda row, *how: [row["source"], *(show(c, *how) for c in row["cells"].values())]
     tables = [[[f"{matrix['metric']}, trained on", *rows[0]["cells"]], *(line(row, "value", ".3f") for row in rows)],
               [["difference from zero-shot", *rows[0]["cells"]], *(line(row, "gain", "+.3f") for row in rows[1:])],
-              [["trained on", *(f"RRA@{k}" for k in rra), "steps", "samples", "best at step"]]]
-    for source, run in [(row["source"], row["training"]) for row in rows[1:]]:
-        counts = run.get("steps", ""), run.get("samples", ""), run.get("best", {}).get("step", "")
-        ranks = [rra[k].get(source) for k in rra]
-        tables[2].append([source, *("" if x is None else f"{x:.3f}" for x in ranks), *map(str, counts)])
+              [["trained on", *(f"RRA@{k}" for k in rra), "steps", "samples"]]]
+    for row in rows[1:]:
+        ranks = [rra[k].get(row["source"]) for k in rra]
+        tables[2].append([row["source"], *("" if rank is None else f"{rank:.3f}" for rank in ranks),
+                          *(str(row["training"].get(key, "")) for key in ("steps", "samples"))])
     return "\n\n".join([f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based", *map(table, tables),
                         "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
 
@@ -255,26 +252,20 @@ def table(rows):
     return "\n".join([head, re.sub("[^|]", "-", head), *lines])
 
 
-def span(interval):
-    return "[{:.3f}, {:.3f}]".format(*interval) if interval else ""
-
-
 def notes(matrix):
     """What has to be said under the tables."""
     rows, marks, fore = matrix["rows"], matrix["marks"], matrix["foresight"] or {"pairs": []}
     rho = lambda key: "undefined" if fore.get(key) is None else f"{fore[key]:+.2f}"
     warnings = {
-        "Zero-shot collapse, scores no better than chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
+        "Zero-shot collapse, scores as good as chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
         "Unstable training, validation fell by over 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
-        "Labels of sets not trained on chose the checkpoint (--valid)": [
-            r["source"] for r in rows if not set(r["training"].get("valid", [])) <= set(r["train"])],
+        "Validated on other sets": [r["source"] for r in rows if {*r["training"].get("valid", [])} - {*r["train"]}],
         "Failed": matrix["failed"]}
     return [
-        f"▲ better, ▼ worse (negative transfer): the 95% interval of the difference over the same users excludes zero. Of "
-        f"{marks['compared']} cells {marks['better']} are better, {marks['worse']} worse; by chance {marks['by_chance']:.1f} "
-        "(5%) would be marked if nothing differed.",
+        "▲ better, ▼ worse (negative transfer): 95% interval of the paired difference without 0. Of {compared} cells "
+        "{better} are ▲, {worse} ▼; if nothing differed, chance would mark {by_chance:.1f} (5%).".format(**marks),
         "The intervals cover the choice of users, not the luck of a training run.",
-        "Unseen: targets not trained on. RRA@K: mean over targets of 1 / rank among the other single sources, 0 after K.",
+        "Unseen: targets not trained on. RRA@K: mean over targets of 1 / rank among single sources, 0 after K.",
         f"Rank correlation with the difference from zero-shot, over {len(fore['pairs'])} pairs of source and target: "
         f"cosine of mean item embeddings {rho('cosine')}, vocabulary overlap {rho('overlap')}.",
         *(f"{what}: {', '.join(names)}." for what, names in warnings.items() if names)]
@@ -283,10 +274,10 @@ def notes(matrix):
 def comma_separated(matrix):
     """A line a cell, means included, for a spreadsheet."""
     head = "source target domain setting {} low high gain gain_low gain_high mark users steps samples"
-    lines = [[row["source"], t, matrix["domains"].get(t), c.get("setting"), c["value"], *c["value_ci"], c["gain"],
-              *(c["gain_ci"] or ["", ""]), c["mark"], c.get("n_users"), *map(row["training"].get, ("steps", "samples"))]
-             for row in matrix["rows"] for t, c in row["cells"].items() if c]
-    lines.insert(0, head.format(matrix["metric"]).split())
+    lines = [head.format(matrix["metric"]).split(), *([
+        row["source"], t, matrix["domains"].get(t), c.get("setting"), c["value"], *c["value_ci"], c["gain"],
+        *(c["gain_ci"] or ["", ""]), c["mark"], c.get("n_users"), *map(row["training"].get, ("steps", "samples"))]
+        for row in matrix["rows"] for t, c in row["cells"].items() if c)]
     return "".join(",".join("" if x is None else str(x) for x in line) + "\n" for line in lines)
 
 
@@ -322,9 +313,9 @@ def draw_svg(matrix):
     ys = places([domains.get(row["source"], "+" in row["source"]) for row in rows], HEIGHT, TOP)
     limit = max([0.05, *(abs(row["cells"][t].get("gain") or 0) for row in rows for t in columns)])  # darkest colour
     width, bottom = max(xs[-1] + WIDTH, LEFT + 490) + 28, ys[-1] + HEIGHT
-    model = "/".join(matrix["model"].split("/")[-2:])
-    out = [label(24, 38, f"Transfer matrix: {matrix['metric'].upper()} of {model}", 19, "start", weight="bold"),
-           label(24, 60, f"{matrix['type']}-based scores; small: difference from zero-shot", 12.5, "start", GREY),
+    title = f"Transfer matrix: {matrix['metric'].upper()} of {matrix['model'][-48:]}"
+    out = [label(24, 38, title, 19, "start", "bold"),
+           label(24, 60, f"{matrix['type']}-based scores; small: difference from zero-shot", 12.5, "start", fill=GREY),
            label((LEFT + xs[-2] + WIDTH) / 2, 92, "tested on", 13, fill=GREY),
            label(-(TOP + bottom) / 2, 28, "trained on", 13, fill=GREY, turn=-90)]
     for x, target in zip(xs, columns):
@@ -334,44 +325,43 @@ def draw_svg(matrix):
         source, domain = row["source"], domains.get(row["source"])
         names = textwrap.wrap(source.replace("+", " + "), 22, max_lines=4, placeholder=" ...") + [domain] * bool(domain)
         for i, name in enumerate(names):
-            look = (11.5, "end", GREY) if i and domain else (11.5 if "+" in source else 13, "end", INK, "bold")
+            look = (11.5, "end", "normal", GREY) if i and domain else (11.5 if "+" in source else 13, "end", "bold")
             out.append(label(LEFT - 12, y + HEIGHT / 2 + 12 + 14 * (i - len(names) / 2), name, *look))
-        for x, target in zip(xs, columns):
-            out += draw_cell(x, y, row["cells"][target], limit)
-    legend, height = draw_legend(matrix, limit, bottom + 22)
+        out += [part for x, target in zip(xs, columns) for part in draw_cell(x, y, row["cells"][target], limit)]
+    legend, height = draw_legend(matrix, limit, bottom + 30)
     size = f'width="{width}" height="{height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" font-family="Arial, sans-serif">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" font-family="sans-serif">'
     svg = "\n".join([head, f'<rect {size} rx="10" fill="#ffffff"/>', *out, *legend, "</svg>\n"])
     return re.sub(r"[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", svg)  # XML allows no other characters
 
 
 def draw_cell(x, y, cell, limit):
     """SVG lines of a cell: value, setting's letter, difference from zero-shot, a triangle where it is marked."""
-    middle, box = x + WIDTH / 2, f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="5" '
+    box = f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="5" '
     if not cell:
-        return [box + 'fill="none" stroke="#818b98" stroke-dasharray="4 3"/>', label(middle, y + 35, "empty", 12)]
+        return [box + 'fill="none" stroke="#818b98" stroke-dasharray="4"/>', label(x + WIDTH / 2, y + 35, "empty", 12)]
     shade = (cell["gain"] or 0) / limit
     ink = "#ffffff" if abs(shade) > 0.75 else "#000000"  # whichever has the better contrast
     gain = "" if cell["gain"] is None else f"{cell['gain']:+.3f}".replace("-", "\u2212")
-    return [f'{box}fill="{colour(shade)}"/>', label(x + 8, y + 17, cell.get("setting", ""), 11.5, "start", ink),
-            label(x + WIDTH - 8, y + 17, SIGN[cell["mark"]], 11.5, "end", ink), label(middle, y + 52, gain, 11.5, "middle", ink),
-            label(middle, y + 36, f"{cell['value']:.3f}", 17.5, "middle", ink, "bold")]
+    texts = [(8, 17, cell.get("setting", ""), 11.5, "start"), (WIDTH - 8, 17, SIGN[cell["mark"]], 11.5, "end"),
+             (WIDTH / 2, 36, f"{cell['value']:.3f}", 17.5, "middle", "bold"), (WIDTH / 2, 52, gain, 11.5)]
+    return [f'{box}fill="{colour(shade)}"/>', *(label(x + dx, y + dy, *how, fill=ink) for dx, dy, *how in texts)]
 
 
 def draw_legend(matrix, limit, y):
     """SVG lines of the legend under the cells, from height y, and where it ends."""
     marks, letters = matrix["marks"], {c.get("setting") for row in matrix["rows"] for c in row["cells"].values()}
-    out = [f'<rect x="{LEFT + 18 * i}" y="{y + 8}" width="19" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
+    out = [f'<rect x="{LEFT + 18 * i}" y="{y}" width="19" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
     scale = [f"\u2212{limit:.2f}", "zero-shot", f"+{limit:.2f}"]
     beside = [f"▲ better than zero-shot: {marks['better']} of {marks['compared']} cells",
               f"▼ worse (negative transfer): {marks['worse']} of {marks['compared']}",
               f"where the 95% interval excludes zero; by chance: {marks['by_chance']:.1f}"]
     below = [*(f"{letter}: {meaning}" for letter, meaning in common.SETTINGS.items() if letter in letters),
              "Intervals cover the choice of users, not the luck of a training run."]
-    out += [label(LEFT + 99 * i, y + 37, words, 11.5) for i, words in enumerate(scale)]
-    out += [label(LEFT + 240, y + 15 + 17 * i, words, 11.5, "start") for i, words in enumerate(beside)]
-    out += [label(LEFT, y + 76 + 17 * i, words, 11.5, "start") for i, words in enumerate(below)]
-    return out, y + 82 + 17 * len(below)
+    out += [label(LEFT + 99 * i, y + 29, words, 11.5) for i, words in enumerate(scale)]
+    out += [label(LEFT + 240, y + 10 + 17 * i, words, 11.5, "start") for i, words in enumerate(beside)]
+    out += [label(LEFT, y + 72 + 17 * i, words, 11.5, "start") for i, words in enumerate(below)]
+    return out, y + 76 + 17 * len(below)
 
 
 def places(groups, size, start):
@@ -385,7 +375,7 @@ def colour(shade):
     return "#" + "".join(f"{round(a + (b - a) * weight):02x}" for a, b in zip(NEUTRAL, end))
 
 
-def label(x, y, words, size, anchor="middle", fill=INK, weight="normal", turn=0):
+def label(x, y, words, size, anchor="middle", weight="normal", fill=INK, turn=0):
     """A line of text."""
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}" '
             f'transform="rotate({turn})">{html.escape(words)}</text>')
