@@ -372,12 +372,15 @@ def lookup(number_of, bits=21):
     hashes, numbers = np.full(1 << bits, -1, np.int64), np.zeros(1 << bits, np.int32)  # no string hashes to -1
 
     def look_up(strings):
-        keys = np.fromiter(map(hash, strings), np.int64, len(strings))
+        keys = int64(map(hash, strings), count=len(strings))
         places = keys & ((1 << bits) - 1)
         found = numbers[places]
-        for k in np.flatnonzero(hashes[places] != keys).tolist():
-            found[k] = numbers[places[k]] = number_of(strings[k])
-            hashes[places[k]] = keys[k]
+        new = np.flatnonzero(hashes[places] != keys)
+        if len(new):
+            names = [strings[k] for k in new.tolist()]
+            known = {name: number_of(name) for name in dict.fromkeys(names)}
+            found[new] = list(map(known.get, names))
+            hashes[places[new]], numbers[places[new]] = keys[new], found[new]  # of two at one place the last stays
         return found
     return look_up
 
