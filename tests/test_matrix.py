@@ -34,25 +34,27 @@ def write_dataset(data, name, users=24):
     splits = {}
     for split, size in {"train": users, "valid": 8, "test": users}.items():
         drawn = [rng.sample(list(items), 11) for _ in range(size)]
-        write_lines(folder / f"{split}.jsonl", [{"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4}
-                                                for n, ids in enumerate(drawn)])
+        write_lines(folder / f"{split}.jsonl", [
+            {"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4}
+            for n, ids in enumerate(drawn)])
         splits[split] = {"users": size, "samples": 8 * size, "positives": 4 * size}
-    meta = {"format": common.FORMAT, "sha256": f"sha of {name}", "domain": common.dataset(name).domain, "splits": splits}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    common.write_json(folder / "meta.json", {"format": common.FORMAT, "sha256": f"sha of {name}", "splits": splits,
+                                             "domain": common.dataset(name).domain})
 
 
-def write_cell(out, source, target, data, skill, seed=0):
+def write_cell(out, source, target, data, skill):
     """What evaluate.py would write of a cell, from made-up scores: skill is how far positives stand above negatives."""
-    rng, folder = np.random.default_rng(common.digest(source, target, seed)), Path(out, "cells", source)
+    rng, folder = np.random.default_rng(common.digest(source, target)), Path(out, "cells", source)
     folder.mkdir(parents=True, exist_ok=True)
     users = list(common.read_users(data, target, "test"))
     labels = np.concatenate([user["labels"] for user in users])
     scores = rng.normal(size=len(labels)) + skill * labels
-    write_lines(folder / f"{target}.scores.jsonl", [{"user": user["user"], "scores": part.tolist()}
-                                                    for user, part in zip(users, np.split(scores, len(users)))])
+    write_lines(folder / f"{target}.scores.jsonl", [
+        {"user": user["user"], "scores": part.tolist()} for user, part in zip(users, np.split(scores, len(users)))])
     result = common.evaluate_scores(scores, labels, np.repeat(np.arange(len(users)), 8), draws=100)
-    common.write_json(folder / f"{target}.json", {**result, "split": "test", "n_users": len(users), "n_samples": len(labels),
-                                                  "collapsed": skill == 0, "data_sha256": "x"})
+    common.write_json(folder / f"{target}.json", {
+        **result, "split": "test", "n_users": len(users), "n_samples": len(labels), "collapsed": skill == 0,
+        "data_sha256": "x"})
 
 
 def write_run(out, source, **more):
@@ -64,7 +66,7 @@ def write_run(out, source, **more):
 
 
 class Fakes:
-    """Stand-ins for finetune.main and evaluate.main that write canned results and keep a list of what they were given."""
+    """Stand-ins for finetune.main and evaluate.main that write canned results and list what they were given."""
 
     def __init__(self, monkeypatch, skill=lambda source, target: 1.0):
         self.calls, self.skill, self.broken = [], skill, {}
@@ -86,8 +88,9 @@ class Fakes:
 
     def evaluate(self, argv):
         args = evaluate.arguments(argv)
-        self.happen(Path(args.out).name, args.test[0])
-        write_cell(Path(args.out).parent.parent, Path(args.out).name, args.test[0], args.data, self.skill(Path(args.out).name, args.test[0]))
+        source, target = Path(args.out).name, args.test[0]
+        self.happen(source, target)
+        write_cell(Path(args.out).parent.parent, source, target, args.data, self.skill(source, target))
         print("a long report")
 
 
@@ -100,64 +103,71 @@ def data(tmp_path_factory):
 
 
 SOURCES = ["news-a", "shop", "news-b", "news-a+news-b", "news-a+books-a+shop"]
+TARGETS = ["news-a", "books-a", "shop", "news-b"]
 
 
-def run_matrix(data, out, *more, sources=SOURCES, targets=("news-a", "books-a", "shop", "news-b")):
+def run_matrix(data, out, *more, sources=SOURCES, targets=TARGETS):
     argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", data, *more]
     return common.run(transfer_matrix.main, argv)
 
 
 def read_matrix(out):
+    """The matrix in a folder and its cells, {source: {target: cell}}."""
     matrix = common.read_json(Path(out, "matrix.json"))
     return matrix, {row["source"]: row["cells"] for row in matrix["rows"]}
 
 
 def test_dry_run_prints_one_runnable_line_for_each_missing_piece(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
-    flags = ["--seed", "7", "--type", "embed", "--finetune-args=--lr 0.01", "--evaluate-args", "--limit-users 9", "--overwrite"]
-    assert run_matrix(data, tmp_path / "a b", "--dry-run", *flags) == 0
+    assert run_matrix(data, tmp_path / "a b", "--dry-run", "--seed", "7", "--type", "embed", "--overwrite",
+                      "--finetune-args=--lr 0.01", "--evaluate-args", "--limit-users 9") == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(line[1]).name for line in lines] == ["finetune.py"] * 5 + ["evaluate.py"] * 24 and not fakes.calls
-    trainings, cells = ([m.arguments(line[2:]) for line in part] for m, part in ((finetune, lines[:5]), (evaluate, lines[5:])))
-    assert [args.train for args in trainings] == [["news-a"], ["news-b"], ["shop"], ["news-a", "news-b"], ["news-a", "books-a", "shop"]]
-    assert all((a.seed, a.type, a.data, a.overwrite, a.max_tokens) == (7, "embed", data, True, 8192) for a in trainings + cells)
+    trainings = [finetune.arguments(line[2:]) for line in lines[:5]]
+    cells = [evaluate.arguments(line[2:]) for line in lines[5:]]
+    assert [args.train for args in trainings] == [
+        ["news-a"], ["news-b"], ["shop"], ["news-a", "news-b"], ["news-a", "books-a", "shop"]]
+    for args in trainings + cells:
+        assert (args.seed, args.type, args.data, args.overwrite, args.max_tokens) == (7, "embed", data, True, 8192)
     assert all(args.lr == 0.01 for args in trainings) and all(args.limit_users == 9 for args in cells)
     assert [args.adapter for args in cells[:4]] == [None] * 4 and cells[4].adapter == trainings[0].out
     assert cells[4].out == str(tmp_path / "a b" / "cells" / "news-a") and cells[4].test == ["news-a"]
 
 
 def test_what_is_there_is_not_run_again(data, tmp_path, monkeypatch, capsys):
-    fakes = Fakes(monkeypatch)
+    fakes, small = Fakes(monkeypatch), {"sources": ["news-a", "shop"], "targets": ["shop"]}
     write_run(tmp_path, "shop")
     write_run(tmp_path, "news-a", finished=False)  # killed in the middle
     write_cell(tmp_path, "zero-shot", "shop", data, 0)
-    assert run_matrix(data, tmp_path, "--dry-run", sources=["news-a", "shop"], targets=["shop"]) == 0
-    missing = capsys.readouterr().out.splitlines()
-    assert [re.search("(runs|cells)/[a-z-]+", line.split("--out")[1])[0] for line in missing] == [
-        "runs/news-a", "cells/news-a", "cells/shop"]
-    assert run_matrix(data, tmp_path, sources=["news-a", "shop"], targets=["shop"]) == 0
+    assert run_matrix(data, tmp_path, "--dry-run", **small) == 0
+    training, first, second = capsys.readouterr().out.splitlines()
+    assert "/runs/news-a " in training + " " and "/cells/news-a " in first + " " and "/cells/shop " in second + " "
+    assert run_matrix(data, tmp_path, **small) == 0
     out = capsys.readouterr().out
-    assert [line[2:] for line in out.splitlines() if line.startswith("$ ")] == sorted(missing, key=lambda x: "/shop" in x.split("--out")[1])
+    assert [line[2:] for line in out.splitlines() if line.startswith("$ ")] == [training, first, second]
     assert out.count("a long report") == 3 and len(fakes.calls) == 5  # all are asked, so that stale ones are refused
-    assert run_matrix(data, tmp_path, "--dry-run", sources=["news-a", "shop"], targets=["shop"]) == 0
-    assert not capsys.readouterr().out
+    assert run_matrix(data, tmp_path, "--dry-run", **small) == 0 and not capsys.readouterr().out
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
-    fakes.broken = {("finetune", "shop"): common.UserError("the loss is nan"), ("news-a", "books-a"): RuntimeError("out of memory")}
+    fakes.broken = {("finetune", "shop"): common.UserError("the loss is nan"),
+                    ("news-a", "books-a"): RuntimeError("out of memory")}
     assert run_matrix(data, tmp_path) == 1
     err = capsys.readouterr().err
-    assert "error: the loss is nan" in err and "error: RuntimeError: out of memory" in err and err.count("failed, left empty:") == 2
+    assert "error: the loss is nan" in err and "error: RuntimeError: out of memory" in err
+    assert err.count("failed, left empty:") == 2 and ("shop", "news-a") not in fakes.calls
     matrix, cells = read_matrix(tmp_path)
-    assert [c for c in cells["shop"].values() if c] == [] and cells["news-a"]["books-a"] == {} == cells["news-a"]["mean"]
+    assert not any(cells["shop"].values()) and cells["news-a"]["books-a"] == cells["news-a"]["mean"] == {}
     assert all(cells["news-b"].values()) and all(cells["news-a+news-b"].values())
-    assert matrix["failed"] == ["news-a on books-a", "training on shop", *(f"shop on {t}" for t in ("news-a", "news-b", "books-a", "shop"))]
-    assert ("shop", "news-a") not in fakes.calls and "Failed: news-a on books-a" in Path(tmp_path, "matrix.md").read_text()
-    assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 7  # two and a row of five
+    assert matrix["failed"] == ["news-a on books-a", "training on shop", "shop on news-a", "shop on news-b",
+                                "shop on books-a", "shop on shop"]
+    assert "Failed: news-a on books-a, training on shop," in Path(tmp_path, "matrix.md").read_text()
+    assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 7  # two, and a row of five
     assert matrix["rra"]["1"].keys() == {"news-a", "news-b"}
-    fakes.broken, fakes.calls = {}, []
-    assert run_matrix(data, tmp_path) == 0 and all(cell for row in read_matrix(tmp_path)[1].values() for cell in row.values())
+    fakes.broken = {}
+    assert run_matrix(data, tmp_path) == 0
+    assert all(cell for row in read_matrix(tmp_path)[1].values() for cell in row.values())
 
 
 def test_interrupt_stops_the_matrix(data, tmp_path, monkeypatch):
@@ -169,8 +179,8 @@ def test_interrupt_stops_the_matrix(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--model", "overlap"], "fine-tuned"), (["--sources", "news-c"], "unknown dataset 'news-c'"), (["--k", "0"], "--k"),
-    (["--sources", "news-a+"], "unknown dataset ''"), (["--metric", "logloss"], "--metric")])
+    (["--model", "overlap"], "fine-tuned"), (["--k", "0"], "--k"), (["--metric", "logloss"], "--metric"),
+    (["--sources", "news-c"], "unknown dataset 'news-c'"), (["--sources", "news-a+"], "unknown dataset ''")])
 def test_wrong_arguments_are_one_line(change, message, data, tmp_path, capsys):
     assert run_matrix(data, tmp_path, *change) == 2
     err = capsys.readouterr().err
@@ -178,62 +188,82 @@ def test_wrong_arguments_are_one_line(change, message, data, tmp_path, capsys):
 
 
 def test_rows_columns_settings_and_numbers(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else 3 if target in source else -1 if source == "shop" else 0.3)
+    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else 3 if target in source else
+          -1 if source == "shop" else 0.3)
     assert run_matrix(data, tmp_path, "--metric", "group_auc") == 0
     matrix, cells = read_matrix(tmp_path)
     assert matrix["targets"] == ["news-a", "news-b", "books-a", "shop"]  # grouped by domain
-    assert {source: "".join(row[t]["setting"] for t in matrix["targets"]) for source, row in cells.items()} == {
-        "zero-shot": "BBBB", "news-a": "CDFF", "news-b": "DCFF", "shop": "FFFC", "news-a+news-b": "EEGG", "news-a+books-a+shop": "HGHH"}
+    letters = {source: "".join(row[t]["setting"] for t in matrix["targets"]) for source, row in cells.items()}
+    assert letters == {"zero-shot": "BBBB", "news-a": "CDFF", "news-b": "DCFF", "shop": "FFFC",
+                       "news-a+news-b": "EEGG", "news-a+books-a+shop": "HGHH"}
     for source, row in cells.items():
         for target in matrix["targets"]:
             result = common.read_json(tmp_path / "cells" / source / f"{target}.json")
             assert (row[target]["value"], row[target]["value_ci"]) == (result["group_auc"], result["ci"]["group_auc"])
-            assert source == "zero-shot" or row[target]["gain"] == pytest.approx(row[target]["value"] - cells["zero-shot"][target]["value"])
+            gain = row[target]["value"] - cells["zero-shot"][target]["value"]
+            assert row[target]["gain"] == (None if source == "zero-shot" else pytest.approx(gain))
         value = lambda *targets: pytest.approx(np.mean([row[t]["value"] for t in targets]))
-        assert row["mean"]["value"] == value(*matrix["targets"]) and row["mean of news"]["value"] == value("news-a", "news-b")
-    assert cells["news-a"]["mean of unseen"]["value"] == pytest.approx(np.mean([cells["news-a"][t]["value"] for t in ("news-b", "books-a", "shop")]))
+        assert row["mean"]["value"] == value(*matrix["targets"])
+        assert row["mean of news"]["value"] == value("news-a", "news-b")
+        unseen = [t for t in matrix["targets"] if t not in source.split("+")]
+        assert row["mean of unseen"]["value"] == value(*unseen)
     assert cells["shop"]["shop"]["mark"] == "better" and cells["shop"]["news-a"]["mark"] == "worse"
-    marks = [row[t]["mark"] for source, row in cells.items() for t in matrix["targets"] if source != "zero-shot"]
-    assert matrix["marks"] == {"compared": 20, "better": marks.count("better"), "worse": marks.count("worse"), "by_chance": 1.0}
+
+
+def test_marks_notes_and_spreadsheet(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else -1 if source == "shop" else 1)
+    assert run_matrix(data, tmp_path) == 0
+    matrix, cells = read_matrix(tmp_path)
+    marks = [row[t]["mark"] for source, row in cells.items() for t in TARGETS if source != "zero-shot"]
+    better, worse = marks.count("better"), marks.count("worse")
+    assert matrix["marks"] == {"compared": 20, "better": better, "worse": worse, "by_chance": 1.0}
+    assert better >= 14 and worse >= 3
     text = (tmp_path / "matrix.md").read_text()
-    assert f"Of 20 cells {marks.count('better')} are better, {marks.count('worse')} worse; by chance 1.0 (5%)" in text
-    assert "not the luck of a training run" in text and "collapse, scores no better than chance: news-a, news-b, books-a, shop" in text
-    assert "| shop " in text and " 960 " in text
+    assert f"Of 20 cells {better} are ▲, {worse} ▼; if nothing differed, chance would mark 1.0 (5%)." in text
+    assert "not the luck of a training run" in text
+    assert "Zero-shot collapse, scores as good as chance: news-a, news-b, books-a, shop." in text
+    assert re.search(r"\| shop +(\| [\d.]+ +){3}\| 30 +\| 960 +\|", text)
     with open(tmp_path / "matrix.csv") as lines:
         rows = list(csv.DictReader(lines))
-    assert len(rows) == 6 * 7 and len({len(row) for row in rows}) == 1
-    row = next(row for row in rows if (row["source"], row["target"]) == ("shop", "news-a"))
-    assert float(row["group_auc"]) == cells["shop"]["news-a"]["value"] and (row["setting"], row["mark"], row["steps"]) == ("F", "worse", "30")
+    assert len(rows) == 6 * 7 and not any(None in row or None in row.values() for row in rows)
+    row, cell = next(r for r in rows if (r["source"], r["target"]) == ("shop", "news-a")), cells["shop"]["news-a"]
+    assert (row["setting"], row["mark"], row["steps"], row["domain"]) == ("F", "worse", "30", "news")
+    assert [float(row[key]) for key in ("auc", "low", "high", "gain", "gain_low", "gain_high")] == [
+        cell["value"], *cell["value_ci"], cell["gain"], *cell["gain_ci"]]
 
 
 def test_warnings_about_trainings(data, tmp_path, monkeypatch):
-    fakes = Fakes(monkeypatch)
-    monkeypatch.setattr(finetune, "main", lambda argv: write_run(tmp_path, "news-a", unstable=True, valid=["shop"], train_chain=["news-b", "news-a"]))
-    assert run_matrix(data, tmp_path, sources=["news-a"]) == 0 and fakes.calls
+    Fakes(monkeypatch)
+    monkeypatch.setattr(finetune, "main", lambda argv: write_run(
+        tmp_path, "news-a", unstable=True, valid=["shop"], train_chain=["news-b", "news-a"]))
+    assert run_matrix(data, tmp_path, sources=["news-a"]) == 0
     assert read_matrix(tmp_path)[1]["news-a"]["news-a"]["setting"] == "E"  # the chain of trainings counts
     text = (tmp_path / "matrix.md").read_text()
-    assert "Unstable training, validation fell by over 0.05: news-a." in text and "chose the checkpoint (--valid): news-a." in text
+    assert "Unstable training, validation fell by over 0.05: news-a." in text
+    assert "Validated on other sets: news-a." in text
 
 
 def test_differences_are_paired_over_users():
     """Against a bootstrap written out: the same users are drawn for both models."""
     rng = np.random.default_rng(1)
-    users = np.repeat(np.arange(30), 6)
-    labels = np.tile([1, 0, 0, 1, 0, 1], 30)
+    users, labels = np.repeat(np.arange(30), 6), np.tile([1, 0, 0, 1, 0, 1], 30)
     base = rng.normal(size=180) + 2.0 * labels * rng.random(30)[users]  # users differ much, models little
     other = base + 0.3 * labels + 0.1 * rng.normal(size=180)
-    samples = [(common.metric("group_auc", s, labels, users), common.bootstrap(s, labels, users, ["group_auc"], seed=5)["group_auc"])
-               for s in (base, other)]
-    cell = transfer_matrix.estimate([samples[1]], [samples[0]])
-    own = [[common.metric("group_auc", s[users == u], labels[users == u], users[users == u]) for u in range(30)] for s in (base, other)]
+    def sample(scores):
+        draws = common.bootstrap(scores, labels, users, ["group_auc"], seed=5)["group_auc"]
+        return common.metric("group_auc", scores, labels, users), draws
+    cell = transfer_matrix.estimate([sample(other)], [sample(base)])
+
+    own = lambda scores: np.array([common.auc(scores[users == u], labels[users == u]) for u in range(30)])
+    difference = own(other) - own(base)
     picks = np.random.default_rng(9).integers(30, size=(4000, 30))
-    low, high = np.quantile((np.array(own[1]) - own[0])[picks].mean(1), [0.025, 0.975])
-    assert cell["gain"] == pytest.approx(np.mean(own[1]) - np.mean(own[0]))
-    assert cell["gain_ci"] == pytest.approx([low, high], abs=0.15 * (high - low)) and cell["mark"] == "better"
-    assert high - low < 0.6 * np.ptp(cell["value_ci"])
-    same = transfer_matrix.estimate([samples[0]], [samples[0]])
+    low, high = np.quantile(difference[picks].mean(1), [0.025, 0.975])
+    assert cell["gain"] == pytest.approx(difference.mean()) and cell["mark"] == "better"
+    assert cell["gain_ci"] == pytest.approx([low, high], abs=0.15 * (high - low))
+    assert high - low < 0.6 * np.ptp(cell["value_ci"])  # what pairing is for
+    same = transfer_matrix.estimate([sample(base)], [sample(base)])
     assert (same["gain"], same["gain_ci"], same["mark"]) == (0, [0, 0], "")
-    assert transfer_matrix.estimate([samples[0]], [samples[1]])["mark"] == "worse"
+    assert transfer_matrix.estimate([sample(base)], [sample(other)])["mark"] == "worse"
 
 
 def test_mean_over_targets_has_its_own_interval():
@@ -241,40 +271,42 @@ def test_mean_over_targets_has_its_own_interval():
     rng = np.random.default_rng(0)
     cells = [(0.5, 0.5 + 0.1 * rng.normal(size=20000)) for _ in range(4)]
     entry = transfer_matrix.estimate(cells, [])
-    assert np.ptp(entry["value_ci"]) == pytest.approx(0.1 * 2 * 1.96 / 2, rel=0.03) and entry["gain"] is None
+    assert np.ptp(entry["value_ci"]) == pytest.approx(2 * 1.96 * 0.1 / 2, rel=0.03) and entry["gain"] is None
     assert transfer_matrix.estimate([cells[0], None], []) == transfer_matrix.estimate([], []) == {}
     assert transfer_matrix.estimate(cells[:2], [cells[0], None])["gain_ci"] is None
 
 
 def test_draws_are_paired_within_a_column_and_independent_between(data, tmp_path):
-    args = transfer_matrix.arguments(["--model", "m", "--sources", "shop", "--targets", "shop", "--out", "x", "--data", data])
-    draws = {}
+    args = transfer_matrix.arguments(["--model", "m", "--sources", "shop", "--targets", "shop", "--out", "x",
+                                      "--data", data])
+    def draw(target):
+        path = tmp_path / "cells" / "s" / f"{target}.json"
+        return transfer_matrix.draw(args, target, common.read_json(path), path)
     for target in ("news-a", "news-b"):
         write_cell(tmp_path, "s", target, data, 1)
-        path = tmp_path / "cells" / "s" / f"{target}.json"
-        draws[target] = transfer_matrix.draw(args, target, common.read_json(path), path)
-        if target == "news-a":  # other scores of the same users, little changed
-            lines = list(common.read_lines(path.with_suffix(".scores.jsonl")))
-            write_lines(path.with_suffix(".scores.jsonl"), [{**line, "scores": [s + 0.1 * i for i, s in enumerate(line["scores"])]} for line in lines])
-            draws["changed"] = transfer_matrix.draw(args, target, common.read_json(path), path)
-    assert np.corrcoef(draws["news-a"], draws["changed"])[0, 1] > 0.8 and abs(np.corrcoef(draws["news-a"], draws["news-b"])[0, 1]) < 0.12
+    before, between = draw("news-a"), draw("news-b")
+    path = tmp_path / "cells" / "s" / "news-a.scores.jsonl"  # other scores of the same users, little changed
+    write_lines(path, [{**line, "scores": [score + 0.1 * i for i, score in enumerate(line["scores"])]}
+                       for line in list(common.read_lines(path))])
+    assert np.corrcoef(before, draw("news-a"))[0, 1] > 0.8 and abs(np.corrcoef(before, between)[0, 1]) < 0.12
 
 
-def test_reciprocal_rank_average_by_hand(data, tmp_path, monkeypatch):
-    """The README's worked example. On mind, goodreads is first and cds second; on goodreads, cds is first and mind second; on
-    cds, mind and goodreads tie, so each is first half of the time: (1 + 0) / 2 at K = 1, (1 + 1/2) / 2 beyond."""
+def test_reciprocal_rank_average_by_hand():
+    """The README's worked example. On mind, goodreads is first and cds second. On goodreads, cds is first, mind second.
+    On cds, mind and goodreads tie, so each is first half of the time: (1 + 0) / 2 at K = 1, (1 + 1/2) / 2 beyond."""
     table = {"mind":      {"mind": 0.70, "goodreads": 0.60, "cds": 0.58},
              "goodreads": {"mind": 0.60, "goodreads": 0.72, "cds": 0.58},
              "cds":       {"mind": 0.55, "goodreads": 0.62, "cds": 0.69}}
-    assert common.reciprocal_rank_average(table, 1) == {"mind": (0 + 0.5) / 2, "goodreads": (1 + 0.5) / 2, "cds": (0 + 1) / 2}
-    assert common.reciprocal_rank_average(table, 3) == {"mind": (0.5 + 0.75) / 2, "goodreads": (1 + 0.75) / 2, "cds": (0.5 + 1) / 2}
+    rra = common.reciprocal_rank_average
+    assert rra(table, 1) == {"mind": (0 + 0.5) / 2, "goodreads": (1 + 0.5) / 2, "cds": (0 + 1) / 2}
+    assert rra(table, 3) == {"mind": (0.5 + 0.75) / 2, "goodreads": (1 + 0.75) / 2, "cds": (0.5 + 1) / 2}
 
 
 def test_matrix_gives_rra_of_its_own_numbers(data, tmp_path, monkeypatch):
     Fakes(monkeypatch, lambda source, target: len(source) / 10)
     assert run_matrix(data, tmp_path, "--k", "1", "2") == 0
     matrix, cells = read_matrix(tmp_path)
-    assert matrix["rra"].keys() == {"1", "2"} and matrix["rra"]["2"].keys() == {"news-a", "news-b", "shop"}  # single sources
+    assert matrix["rra"].keys() == {"1", "2"} and matrix["rra"]["2"].keys() == {"news-a", "news-b", "shop"}
     for k in (1, 2):
         terms = []
         for t in ("news-b", "books-a", "shop"):
@@ -286,7 +318,9 @@ def test_matrix_gives_rra_of_its_own_numbers(data, tmp_path, monkeypatch):
 def test_rank_correlation_by_hand():
     rho = transfer_matrix.rank_correlation
     assert rho([(1, 5), (2, 6), (3, 7)]) == pytest.approx(1) and rho([(1, 7), (2, 6), (30, 5)]) == pytest.approx(-1)
-    assert rho(list(zip([106, 86, 100, 101, 99, 103, 97, 113, 112, 110], [7, 0, 27, 50, 28, 29, 20, 12, 6, 17]))) == pytest.approx(-29 / 165)
+    intelligence = [106, 86, 100, 101, 99, 103, 97, 113, 112, 110]  # Wikipedia's example
+    television = [7, 0, 27, 50, 28, 29, 20, 12, 6, 17]
+    assert rho(list(zip(intelligence, television))) == pytest.approx(-29 / 165)
     assert rho([(1, 1), (2, 2), (2, 3), (4, 4)]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4
     assert rho([(1, 1), (1, 2), (1, 3)]) is None and rho([(1, 1), (2, 2)]) is None and rho([]) is None
 
@@ -295,49 +329,62 @@ def test_foresight_pairs_single_sources_with_other_targets(data, tmp_path, monke
     Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else len(source + target) / 5)
     assert run_matrix(data, tmp_path) == 0
     matrix, cells = read_matrix(tmp_path)
-    fore = matrix["foresight"]
-    assert sorted((p["source"], p["target"]) for p in fore["pairs"]) == sorted(
-        (s, t) for s in ("news-a", "news-b", "shop") for t in matrix["targets"] if s != t)
-    assert all(p["gain"] == cells[p["source"]][p["target"]]["gain"] and p["overlap"] == len(p["source"] + p["target"]) / 100
-               for p in fore["pairs"])
-    assert fore["cosine"] is None and fore["overlap"] == transfer_matrix.rank_correlation([(p["overlap"], p["gain"]) for p in fore["pairs"]])
+    pairs = matrix["foresight"]["pairs"]
+    assert sorted((p["source"], p["target"]) for p in pairs) == sorted(
+        (s, t) for s in ("news-a", "news-b", "shop") for t in TARGETS if s != t)
+    for pair in pairs:
+        assert pair["gain"] == cells[pair["source"]][pair["target"]]["gain"]
+        assert pair["overlap"] == len(pair["source"] + pair["target"]) / 100
+    rho = transfer_matrix.rank_correlation([(p["overlap"], p["gain"]) for p in pairs])
+    assert matrix["foresight"]["cosine"] is None and matrix["foresight"]["overlap"] == rho
     note = (tmp_path / "matrix.md").read_text()
-    assert f"over 9 pairs of source and target: cosine of mean item embeddings undefined, vocabulary overlap {fore['overlap']:+.2f}." in note
+    assert f"9 pairs of source and target: cosine of mean item embeddings undefined, vocabulary overlap {rho:+.2f}" in note
     monkeypatch.setattr(transfer_matrix, "likeness", None)  # kept, so not called again, though the table is another one
-    assert run_matrix(data, tmp_path, "--metric", "mrr") == 0 and len(read_matrix(tmp_path)[0]["foresight"]["pairs"]) == 9
+    assert run_matrix(data, tmp_path, "--metric", "mrr") == 0
+    assert len(read_matrix(tmp_path)[0]["foresight"]["pairs"]) == 9
+
+
+def test_likeness_that_fails_leaves_the_matrix(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch)
+    def fail(args, names):
+        raise common.UserError("no such model")
+    monkeypatch.setattr(transfer_matrix, "likeness", fail)
+    assert run_matrix(data, tmp_path) == 1
+    matrix, cells = read_matrix(tmp_path)
+    assert matrix["failed"] == ["likeness of the datasets (no such model)"] and matrix["foresight"] is None
+    assert all(all(row.values()) for row in cells.values()) and Path(tmp_path, "matrix.svg").exists()
 
 
 NASTY = 'a "<b>&\'\x07 '
-
-
-def nasty(matrix):
-    """The matrix with a name that XML could stumble over, in every place of shop."""
-    return json.loads(json.dumps(matrix).replace('"shop', '"' + json.dumps(NASTY)[1:-1]))
 
 
 def test_svg_is_valid_whatever_the_names(data, tmp_path, monkeypatch):
     Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else 1 if target in source else -1)
     assert run_matrix(data, tmp_path) == 0
     matrix = read_matrix(tmp_path)[0]
-    for this in (matrix, nasty({**matrix, "model": NASTY})):
+    nasty = json.loads(json.dumps({**matrix, "model": NASTY}).replace('"shop', '"' + json.dumps(NASTY)[1:-1]))
+    for this in (matrix, nasty):
         root = ElementTree.fromstring(transfer_matrix.draw_svg(this))
-        texts = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
-        assert texts.count("C") == 3 and texts.count("H") == 3 and {"tested on", "trained on", "mean", "news", "book"} <= set(texts)
-        assert sum(text == "▲" for text in texts) == sum(row["cells"][t]["mark"] == "better" for row in this["rows"] for t in [*this["targets"], "mean"])
-        for row in this["rows"]:
-            for target in this["targets"]:
-                assert f"{row['cells'][target]['value']:.3f}" in texts
+        elements = [element for element in root.iter() if element.tag.endswith("text")]
+        texts = [element.text or "" for element in elements]
+        assert {"tested on", "trained on", "mean", "news", "book"} <= set(texts)
+        assert texts.count("C") == texts.count("H") == 3
+        cells = [row["cells"][t] for row in this["rows"] for t in [*this["targets"], "mean"]]
+        assert {f"{cell['value']:.3f}" for cell in cells} <= set(texts)
+        for sign, mark in ("▲", "better"), ("▼", "worse"):
+            assert texts.count(sign) == sum(cell["mark"] == mark for cell in cells) > 0
+        *_, width, height = map(float, root.get("viewBox").split())
+        for element in elements:
+            if element.text != "trained on":  # turned
+                assert 0 <= float(element.get("x")) <= width and 0 <= float(element.get("y")) <= height
     assert NASTY.replace("\x07", "?").strip() in " ".join(texts)
-    box = [float(x) for x in root.get("viewBox").split()]
-    for element in root.iter():
-        if element.tag.endswith("text") and element.text != "trained on":
-            assert 0 <= float(element.get("x")) <= box[2] and 0 <= float(element.get("y")) <= box[3]
 
 
 def luminance(colour):
     """Relative luminance of #rrggbb (WCAG 2)."""
     parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-    return np.dot([0.2126, 0.7152, 0.0722], [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts])
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
 
 
 def test_numbers_can_be_read_on_every_colour():
@@ -345,85 +392,88 @@ def test_numbers_can_be_read_on_every_colour():
         cell = {"value": 0.5, "value_ci": [0, 1], "gain": shade, "gain_ci": [0, 1], "mark": "better"}
         svg = "".join(transfer_matrix.draw_cell(0, 0, cell, 1.0))
         ground, *inks = re.findall('fill="(#[0-9a-f]{6})"', svg)
-        light, dark = sorted((luminance(ground), luminance(inks[0])), reverse=True)
+        dark, light = sorted((luminance(ground), luminance(inks[0])))
         assert (light + 0.05) / (dark + 0.05) >= 4.5 and len(set(inks)) == 1, (shade, ground, inks)
     blue, orange = (transfer_matrix.colour(shade) for shade in (0.7, -0.7))
     assert int(blue[5:], 16) > int(blue[1:3], 16) and int(orange[1:3], 16) > int(orange[5:], 16)
 
 
 def canned_matrix(folder, values, metric="auc", model="m"):
-    """A matrix.json with nothing but {source: {target: value}}."""
-    rows = [{"source": s, "cells": {t: {"value": v, "setting": common.setting_of([] if s == "zero-shot" else s.split("+"), t)} if v else {}
-                                    for t, v in row.items()}} for s, row in values.items()]
+    """A matrix.json with nothing but numbers, {source: (on news-a, on books-a)}; returns the folder."""
+    def cell(source, target, value):
+        train = [] if source == "zero-shot" else source.split("+")
+        return {"value": value, "setting": common.setting_of(train, target)} if value else {}
+    rows = [{"source": source, "cells": {t: cell(source, t, v) for t, v in zip(("news-a", "books-a"), row)}}
+            for source, row in values.items()]
     common.write_json(Path(folder, "matrix.json"), {"model": model, "type": "prompt", "metric": metric, "rows": rows,
-                                                    "targets": list(values["zero-shot"])})
+                                                    "targets": ["news-a", "books-a"]})
     return str(folder)
 
 
 def test_compare_models_by_setting(tmp_path, capsys):
     small = canned_matrix(tmp_path / "s", {
-        "zero-shot": {"news-a": 0.50, "books-a": 0.52}, "shop": {"news-a": 0.4, "books-a": 0.5}, "books-b": {"news-a": 0.6, "books-a": 0.7},
-        "books-a+shop": {"news-a": 0.55, "books-a": 0.80}, "news-a+shop": {"news-a": 0.70, "books-a": 0.60}})
-    large = canned_matrix(tmp_path / "l", {
-        "zero-shot": {"news-a": 0.60, "books-a": 0.62}, "shop": {"news-a": 0.5, "books-a": None}, "books-b": {"news-a": 0.6, "books-a": 0.8},
-        "books-a+shop": {"news-a": 0.65, "books-a": 0.90}, "news-a+shop": {"news-a": 0.90, "books-a": None}}, model="large")
-    assert common.run(transfer_matrix.main, ["--compare", small, large]) == 0
+        "zero-shot": (0.50, 0.52), "shop": (0.40, 0.50), "books-b": (0.60, 0.70), "books-a+shop": (0.55, 0.80),
+        "news-a+shop": (0.70, 0.60)})
+    large = canned_matrix(tmp_path / "l", model="large", values={
+        "zero-shot": (0.60, 0.62), "shop": (0.50, None), "books-b": (0.60, 0.80), "books-a+shop": (0.65, 0.90),
+        "news-a+shop": (0.90, None)})
+    compare = lambda *folders: common.run(transfer_matrix.main, ["--compare", *folders])
+    assert compare(small, large) == 0
     lines = [[word.strip() for word in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "G (1)", "H (2)", "H - G (1)"]  # G on books-a is missing in one
+    assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "G (1)", "H (2)", "H - G (1)"]  # G on books-a lacks in one
     assert lines[2] == [f"m, prompt ({small})", "0.510", "0.700", "0.500", "0.550", "0.750", "+0.150"]
     assert lines[3] == [f"large, prompt ({large})", "0.610", "0.800", "0.550", "0.650", "0.900", "+0.250"]
-    other = canned_matrix(tmp_path / "o", {"zero-shot": {"news-a": 0.5}}, metric="mrr")
-    assert common.run(transfer_matrix.main, ["--compare", small, other]) == 2 and "different metrics: auc, mrr" in capsys.readouterr().err
-    assert common.run(transfer_matrix.main, ["--compare", str(tmp_path)]) == 2
-    assert common.run(transfer_matrix.main, ["--compare", other]) == 0
+    other = canned_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr")
+    assert compare(small, other) == 2 and "different metrics: auc, mrr" in capsys.readouterr().err
+    assert compare(str(tmp_path)) == 2 and compare(other) == 0
 
 
 def test_a_tiny_model_from_training_to_picture(data, tmp_path, monkeypatch, capsys):
-    model = tiny.build("llama", tmp_path / "model")
-    argv = ["--model", model, "--sources", "shop", "news-a+shop", "--targets", "shop", "books-a", "--out", str(tmp_path / "out"),
-            "--data", data, "--device", "cpu", "--finetune-args=--epochs 1 --lora-r 4", "--evaluate-args=--limit-users 30"]
+    out = tmp_path / "out"
+    argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "shop", "news-a+shop", "--targets", "shop",
+            "books-a", "--out", str(out), "--data", data, "--device", "cpu", "--finetune-args=--epochs 1 --lora-r 4",
+            "--evaluate-args=--limit-users 30"]
     assert common.run(transfer_matrix.main, argv) == 0
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("matrix.*")}
-    matrix, cells = read_matrix(tmp_path / "out")
+    first = {path.name: path.read_bytes() for path in out.glob("matrix.*")}
+    matrix, cells = read_matrix(out)
     assert sorted(first) == ["matrix.csv", "matrix.json", "matrix.md", "matrix.svg"]
     assert cells["shop"]["books-a"]["n_users"] == 30 and matrix["rows"][1]["training"]["samples"] == 320
-    assert matrix["foresight"]["pairs"][0]["cosine"] < 1 and matrix["rows"][1]["training"]["versions"]["torch"]
+    assert -1 < matrix["foresight"]["pairs"][0]["cosine"] < 1
     capsys.readouterr()
 
     monkeypatch.setattr(common, "load_scorer", lambda args: pytest.fail("a model was loaded"))
     started = time.perf_counter()
     assert common.run(transfer_matrix.main, argv) == 0 and "$ " not in capsys.readouterr().out
     for name in ("matrix.csv", "matrix.md", "matrix.svg"):
-        (tmp_path / "out" / name).unlink()
+        (out / name).unlink()
     for folder in ("cells", "runs"):
-        (tmp_path / "out" / folder).rename(tmp_path / folder)  # from matrix.json alone
-    transfer_matrix.redraw(tmp_path / "out")
+        (out / folder).rename(tmp_path / folder)
+    transfer_matrix.redraw(out)  # from matrix.json alone
     assert time.perf_counter() - started < 10
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("matrix.*")} == first
+    assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
 
     for folder in ("cells", "runs"):
-        (tmp_path / folder).rename(tmp_path / "out" / folder)
-    assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 1  # other arguments: refused, nothing taken for it
+        (tmp_path / folder).rename(out / folder)
+    assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 1  # other arguments are refused
     assert "made with other arguments" in capsys.readouterr().err
-    assert not any(cell for row in read_matrix(tmp_path / "out")[1].values() for cell in row.values())
+    assert not any(cell for row in read_matrix(out)[1].values() for cell in row.values())
 
 
-def test_likeness_of_datasets(data, tmp_path):
-    for name in ("news-a", "news-b", "books-a"):
+def test_likeness_of_datasets(tmp_path):
+    texts = {"news-a": ["red MOON storm", "old storm"], "books-a": ["Red moon", "moon: night"],
+             "news-b": ["red MOON storm", "old storm"]}
+    for name, items in texts.items():
         write_dataset(tmp_path, name)
-    (tmp_path / "news-b" / "items.jsonl").write_bytes((tmp_path / "news-a" / "items.jsonl").read_bytes())
-    write_lines(tmp_path / "books-a" / "items.jsonl", [{"id": "1", "text": "Red moon"}, {"id": "2", "text": "moon: night"}])
-    write_lines(tmp_path / "news-a" / "items.jsonl", [{"id": "1", "text": "red MOON storm"}, {"id": "2", "text": "old storm"}])
-    argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "news-a", "--targets", "news-a", "--out", "x",
-            "--data", str(tmp_path), "--device", "cpu"]
-    args = transfer_matrix.arguments(argv)
-    alike = transfer_matrix.likeness(args, ["news-a", "news-b", "books-a"])
-    assert len(alike) == 6 and alike["news-a books-a"] == alike["books-a news-a"] and alike["news-a books-a"]["overlap"] == 2 / 5
-    (tmp_path / "news-b" / "items.jsonl").write_bytes((tmp_path / "news-a" / "items.jsonl").read_bytes())
-    same = transfer_matrix.likeness(args, ["news-a", "news-b"])["news-a news-b"]
+        write_lines(tmp_path / name / "items.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(items)])
+    argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "news-a", "--targets", "news-a",
+            "--out", "x", "--data", str(tmp_path), "--device", "cpu"]
+    alike = transfer_matrix.likeness(transfer_matrix.arguments(argv), list(texts))
+    assert len(alike) == 6 and alike["news-a books-a"] == alike["books-a news-a"]
+    assert alike["news-a news-b"] == {"cosine": pytest.approx(1), "overlap": 1}
+    assert alike["news-a books-a"]["overlap"] == 2 / 5  # red and moon of red, moon, storm, old, night
     scorer = common.load_scorer(transfer_matrix.arguments([*argv, "--type", "embed"]))
-    vectors = [[common.embed(scorer, [scorer.encode([text])[0]])[0].detach().numpy() for text in texts]
-               for texts in (["red MOON storm", "old storm"], ["Red moon", "moon: night"])]
-    a, b = np.mean(vectors, 1, dtype=np.float64)
-    assert same["cosine"] == pytest.approx(1) and same["overlap"] == 1
-    assert alike["news-a books-a"]["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-5)
+    embed = lambda text: common.embed(scorer, scorer.encode([text]))[0].detach().double().numpy()
+    mean = lambda name: np.mean([embed(text) for text in texts[name]], 0)
+    a, b = mean("news-a"), mean("books-a")
+    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert alike["news-a books-a"]["cosine"] == pytest.approx(expected, abs=1e-5) and expected < 0.999
