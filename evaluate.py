@@ -189,7 +189,7 @@ def baseline(args, name, user, items, popularity):
     """common.baseline_scores of a user; the user's own history does not make an item popular."""
     counts, own = popularity or (None, False)
     if own:
-        counts = {item: counts[item] - (item in user["history"]) for item in user["candidates"]}
+        counts = {item: counts[item] - user["history"].count(item) for item in user["candidates"]}
     return np.array(common.baseline_scores(args.model, args.seed, name, user, items, counts))
 
 

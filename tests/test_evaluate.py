@@ -30,7 +30,7 @@ def write_dataset(data, name, n_users, sha="0", n_candidates=4, train=True):
     for n in range(n_users):
         chosen = [f"i{i}" for i in rng.permutation(len(TITLES))]
         labels = [1, 0] + rng.integers(0, 2, n_candidates - 2).tolist()
-        candidates, history = chosen[:n_candidates], chosen[n_candidates:]
+        candidates, history = chosen[:n_candidates], chosen[n_candidates - 1:]  # one item is in both
         users.append({"user": f"u{n}", "history": history, "candidates": candidates, "labels": labels})
     splits = {"test": users, **({"train": users[:5]} if train else {})}
     for split, rows in {"items": items, **splits}.items():
@@ -233,7 +233,8 @@ def test_nan_scores_are_an_error(data, tmp_path, folders, capsys):
     for kind in ("prompt", "embed"):
         assert "40 of 40 scores are NaN" in error_of(capsys, data, "--model", tmp_path / "broken", "--test", "mind",
                                                      "--type", kind, "--out", tmp_path / kind)
-        assert not Path(tmp_path, kind, "mind.json").exists()
+        assert sorted(os.listdir(tmp_path / kind)) == ["mind.part.json", "mind.scores.jsonl.part"]
+        assert not Path(tmp_path, kind, "mind.scores.jsonl.part").read_text()
 
 
 def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folders, capsys):
@@ -264,10 +265,10 @@ def test_popularity_counts_training_users_or_else_the_other_histories(data, tmp_
         lines = Path(tmp_path, folder, f"{name}.scores.jsonl").read_text().splitlines()
         for user, line in zip(users, lines, strict=True):
             if name == "mind":
-                liked = [set(u["history"]) | {i for i, l in zip(u["candidates"], u["labels"]) if l} for u in users[:5]]
+                liked = [u["history"] + [i for i, l in zip(u["candidates"], u["labels"]) if l] for u in users[:5]]
             else:
-                liked = [set(u["history"]) for u in users if u is not user]
-            assert json.loads(line)["scores"] == [sum(item in some for some in liked) for item in user["candidates"]]
+                liked = [u["history"] for u in users if u is not user]
+            assert json.loads(line)["scores"] == [sum(some.count(i) for some in liked) for i in user["candidates"]]
 
 
 def test_embedding_scores_all_datasets_and_a_limit_of_users(data, tmp_path, folders, capsys):

@@ -307,17 +307,16 @@ def decoded(scorer, history, candidates):
 def test_the_oldest_items_go_first_for_all_candidates_of_a_user(model):
     history = [f"old river song {n} king" for n in range(10, 32)]
     candidates = ["moon", "the red moon river stone garden", "light"]
-    scorer = scorer_of(model("llama"), "--max-length", 130)
+    cut = [(history[-7:], candidates)]
+    limit = max(map(len, scorer_of(model("llama")).encode(plain_prompts(cut))))  # the longest of 7 items just fits
+    scorer = scorer_of(model("llama"), "--max-length", limit)
     texts, counts, rows = decoded(scorer, history, candidates)
-    lengths = [len(row.rests[0]) for row in rows]
-    assert max(lengths) <= 130 and counts["histories"] == 1 and counts["halved"] == 0
-    kept = len(texts[0].split("\n\n")[0].split("\n")) - 1
-    assert 1 < kept < 22 and texts == plain_prompts([(history[-kept:], candidates)])  # renumbered, one history for all
-    one_more = scorer.encode(plain_prompts([(history[-kept - 1:], candidates)]))
-    assert max(map(len, one_more)) > 130  # no more was dropped than needed
+    assert texts == plain_prompts(cut)  # renumbered, one history for all candidates
+    assert max(len(row.rests[0]) for row in rows) == limit and counts["histories"] == 1 and counts["halved"] == 0
+    shorter, _, _ = decoded(scorer._replace(limit=limit - 1), history, candidates)
+    assert shorter == plain_prompts([(history[-6:], candidates)])
     users = [(history, candidates), *USERS]
-    assert_same(common.score_prompts(scorer, users)[0],
-                plain_scores(model("llama"), plain_prompts([(history[-kept:], candidates), *USERS])))
+    assert_same(common.score_prompts(scorer, users)[0], plain_scores(model("llama"), plain_prompts(cut + USERS)))
     assert common.score_prompts(scorer, users)[1]["histories"] == 1
 
 
