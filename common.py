@@ -19,6 +19,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 from bisect import bisect_left
 from collections import Counter, namedtuple
 from itertools import islice
@@ -489,6 +490,7 @@ def load_scorer(args):
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     name, prompt = MODELS.get(args.model, args.model), load_prompt(args.prompt)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32")
@@ -551,7 +553,7 @@ def read_run(folder, model=None, kind=None):
 
 
 def load_adapter(scorer, folder, trainable=False):
-    """The scorer with the LoRA adapter of a run on its model, in float32 at least. Raises UserError where it does not fit."""
+    """The scorer with a run's LoRA adapter on its model, in float32 at least. Raises UserError where it does not fit."""
     from peft import PeftModel
     try:
         return scorer._replace(model=PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval())
@@ -560,7 +562,7 @@ def load_adapter(scorer, folder, trainable=False):
 
 
 def fingerprint(folder):
-    """A hash of a local model's or adapter's weights (names, sizes, 16 samples of a MB a file); None where there are none."""
+    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None where there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
     parts = []
     for path in files:
