@@ -312,8 +312,7 @@ def read(path, table, counts):
             if missing := set(fields) - set(header):
                 raise UserError(f"{path} has no column {min(missing)!r}; its first line is {','.join(header)[:80]!r}")
             fields = list(map(header.index, fields))
-    get = operator.itemgetter(*fields)
-    cells = get if table.form is not JSON else lambda line: get(json.loads(line))
+    cells = functools.partial(choose, operator.itemgetter(*fields), table.form)
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed_line": None}
     try:
         while block := list(islice(rows, 500)):  # few enough to stay in the processor's cache
@@ -334,19 +333,29 @@ def read(path, table, counts):
                         f"{count['first_malformed_line']}; is it the file that --list names?")
 
 
+def choose(get, form, rows):
+    """Columns of the wanted fields of some rows."""
+    if form is JSON:
+        return zip(*map(get, map(json.loads, rows)))
+    try:
+        return get(tuple(zip(*rows, strict=True)))  # faster than to choose from each row
+    except ValueError:
+        return zip(*map(get, rows))  # rows of several lengths
+
+
 def parse(block, cells, columns):
     """(columns of the well-formed rows of a block or None, positions of the malformed rows, number of blank lines)."""
     try:
-        return columns(*zip(*map(cells, block))), [], 0
+        return columns(*cells(block)), [], 0
     except MALFORMED:  # rare: find out which rows
         good, bad, blank = [], [], 0
         for position, row in enumerate(block):
             try:
-                columns(*zip(cells(row)))
+                columns(*cells([row]))
                 good.append(row)
             except MALFORMED:
                 bad, blank = (bad + [position], blank) if "".join(row).strip() else (bad, blank + 1)
-        return columns(*zip(*map(cells, good))) if good else None, bad, blank
+        return columns(*cells(good)) if good else None, bad, blank
 
 
 def read_items(table, paths, counts, dropped):
@@ -407,11 +416,12 @@ def sample_users(blocks, items, hash_of, max_rows, dropped):
         times = np.arange(seen, seen + len(names)) if times is None else times
         seen += len(names)
         past = labels == HISTORY
-        dropped["events without user"] += int(np.sum(user == -2))
-        dropped["events whose item has no text"] += int(np.sum((item < 0) & ~past))
         kept = (user >= 0) & (item >= 0) & ~past
+        if not kept.all():
+            dropped["events without user"] += int(np.sum(user == -2))
+            dropped["events whose item has no text"] += int(np.sum((item < 0) & ~past))
         for column, values in zip(columns, (user, item, times, labels)):
-            column.frombytes(values[kept].astype(column.typecode).tobytes())
+            column.frombytes(values[kept].astype(column.typecode, copy=False).tobytes())
         for k in np.flatnonzero(past & (user >= 0)).tolist():
             if names[k] not in histories or (times[k], ids[k]) < histories[names[k]]:
                 histories[names[k]] = int(times[k]), ids[k]

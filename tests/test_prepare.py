@@ -439,6 +439,18 @@ def test_up_to_one_percent_of_malformed_rows_is_counted(tmp_path, bad, code):
         assert count == {"rows": 311, "malformed": 3, "first_malformed_line": 12}
 
 
+def test_rows_of_several_lengths_and_texts_of_one_item(tmp_path):
+    """Further fields are no error; of two texts the first in the alphabet, in whatever order they stand."""
+    movielens(tmp_path, [("u", k, f"{5 if k else 1}", f"{k},more" if k % 2 else k) for k in range(5)], items=5)
+    for titles in ("9,B,\n9,A,x,y\n9,C\n", "9,A,x,y\n9,B\n9,C,\n"):
+        path = tmp_path / "movielens/movies.csv"
+        path.write_text("movieId,title,genres\n" + titles + "".join(f"{k},Film {k},x\n" for k in range(5)))
+        with open(tmp_path / "movielens/ratings.csv", "a") as file:
+            file.write("u,9,5,9\n")
+        items = prepared("movielens", tmp_path / titles[2], raw=tmp_path)[1]
+        assert items == {"9": "A", **{str(k): f"Film {k}" for k in range(5)}}
+
+
 def test_half_surrogates_survive(tmp_path):
     reviews = [{"user_id": "\ud800y", "business_id": f"p\udc00{k}", "stars": stars, "date": f"2018-01-0{k + 1}"}
                for k, stars in enumerate([5.0, 5.0, 5.0, 1.0])]
