@@ -337,10 +337,7 @@ def choose(get, form, rows):
     """Columns of the wanted fields of some rows."""
     if form is JSON:
         return zip(*map(get, map(json.loads, rows)))
-    try:
-        return get(tuple(zip(*rows, strict=True)))  # faster than to choose from each row
-    except ValueError:
-        return zip(*map(get, rows))  # rows of several lengths
+    return get(tuple(zip(*rows)))  # faster than to choose from each row; IndexError where the shortest is too short
 
 
 def parse(block, cells, columns):
