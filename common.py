@@ -201,6 +201,17 @@ def answer_token(tokenizer, context, word):
     raise UserError(f"the answer {word!r} is no single token: ...{before} becomes ...{after}; "
                     'choose other "answers" with --prompt')
 
+
+def answer_tokens(tokenizer, prompt, chat_template=False):
+    """[yes, no]: the ids of the prompt's answers (see answer_token); in a chat the answer starts without a space."""
+    (context,), words = candidate_prompts(prompt, ["x"], ["x"]), prompt["answers"]
+    if chat_template:
+        context, words = chat(tokenizer, context), [word.strip() for word in words]
+    answers = [answer_token(tokenizer, context, word) for word in words]
+    if answers[0] == answers[1]:
+        raise UserError(f"both answers {words} are the token {tokenizer.convert_ids_to_tokens(answers)[0]!r}")
+    return answers
+
 # ---------------------------------------------------------------------------------------------------- prompt scoring
 
 # One row of a forward pass: token lists `rests` that each continue `prefix`, and `places`, where their results belong.
@@ -487,13 +498,29 @@ def load_scorer(args):
 
     Raises UserError where the model or its tokenizer cannot be loaded or, for prompts, has no LM head.
     """
+    prompt = load_prompt(args.prompt)
+    name, model, tokenizer, family = load_pretrained(args)
+    limit, packs = min(args.max_length, max_positions(model.config, tokenizer)), False
+    if args.type == "prompt":
+        answers = answer_tokens(tokenizer, prompt, args.chat_template)
+        model.set_output_embeddings(answer_head(model.get_output_embeddings(), answers))
+        refusal = packing_refusal(model, family, limit)
+        packs = refusal is None
+        if refusal and family == "causal":
+            say(f"{name}: prompts are scored without packing: {refusal}")
+    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template,
+                               args.type == "prompt" and family == "causal")
+    pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
+    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, args.max_tokens)
+
+
+def load_pretrained(args):
+    """(name, model, tokenizer, family) of args.model, loaded with the class that args.type asks for. Raises UserError."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    name, prompt = MODELS.get(args.model, args.model), load_prompt(args.prompt)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32")
+    name, (device, dtype) = MODELS.get(args.model, args.model), placement(args)
     options = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
@@ -502,35 +529,24 @@ def load_scorer(args):
         loader = getattr(transformers, "AutoModel" + {
             "embed": "ForTextEncoding" if family == "seq2seq" else "",
             "prompt": {"causal": "ForCausalLM", "masked": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}[family]}[args.type])
-        model, info = loader.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **options)
         model.to(device).eval()
     except torch.OutOfMemoryError:
         raise UserError(f"model {name} does not fit into the memory of {device}") from None
     except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
         raise UserError(f"model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from None
-    if args.type == "prompt" and info["missing_keys"]:
+    if args.type == "prompt" and info["missing_keys"]:  # the class invents a head where the weights have none
         raise UserError(f"model {name} has no LM head ({sorted(info['missing_keys'])[0]} is missing): use --type embed")
     if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
     model.config.use_cache = False
-    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template,
-                               args.type == "prompt" and family == "causal")
-    limit = min(args.max_length, max_positions(config, tokenizer))
-    packs = False
-    if args.type == "prompt":
-        (context,), words = candidate_prompts(prompt, ["x"], ["x"]), prompt["answers"]
-        if args.chat_template:
-            context, words = chat(tokenizer, context), [word.strip() for word in words]
-        answers = [answer_token(tokenizer, context, word) for word in words]
-        if answers[0] == answers[1]:
-            raise UserError(f"both answers {words} are the token {tokenizer.convert_ids_to_tokens(answers)[0]!r}")
-        model.set_output_embeddings(answer_head(model.get_output_embeddings(), answers))
-        refusal = packing_refusal(model, family, limit)
-        packs = refusal is None
-        if refusal and family == "causal":
-            say(f"{name}: prompts are scored without packing: {refusal}")
-    pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
-    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, args.max_tokens)
+    return name, model, tokenizer, family
+
+
+def placement(args):
+    """(device, name of the dtype) that --device and --dtype mean on this machine."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
 
 
 def read_run(folder, model=None, kind=None):

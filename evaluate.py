@@ -43,7 +43,11 @@ def main(argv=None):
     args = arguments(argv)
     names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
     metas = {name: common.read_meta(args.data, name) for name in names}
-    run = {} if args.model in common.BASELINES else common.read_run(args.adapter, args.model, args.type)
+    if args.model in common.BASELINES and args.adapter:
+        raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
+    run = common.read_run(args.adapter, args.model, args.type)
+    if run and run["arguments"]["prompt"] != common.load_prompt(args.prompt):
+        say(f"{args.adapter} was trained with another prompt")
     jobs = {name: describe(args, metas[name]) for name in names}
     for name in names:  # a split that is missing, or what is in the way of its results: said before the first is scored
         common.read_users(args.data, name, args.split)
@@ -75,8 +79,9 @@ def prepared(args):
 
 def describe(args, meta):
     """Everything that the scores depend on; results made under another description are not taken for these."""
-    keys = ("adapter", "type", "chat_template", "pooling", "dtype", "max_length", "split", "limit_users", "seed")
+    keys = ("adapter", "type", "chat_template", "pooling", "max_length", "split", "limit_users", "seed")
     return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
+            "dtype": common.placement(args)[1],
             "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
             "adapter_fingerprint": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
 

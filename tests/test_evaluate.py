@@ -241,7 +241,8 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     network = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]),
                                   peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     network.save_pretrained(tmp_path / "run")
-    record = {"model": folders["llama"], "type": "prompt", "train_chain": ["pens"], "valid": ["mind"]}
+    record = {"model": folders["llama"], "type": "prompt", "train_chain": ["pens"], "valid": ["mind"],
+              "arguments": {"prompt": {**common.PROMPT, "join": ";"}}}
     Path(tmp_path, "run", "run.json").write_text(json.dumps({**record, "finished": False}))
     command = [data, "--test", "mind", "--adapter", tmp_path / "run", "--out", tmp_path / "out", "--model"]
     assert "unfinished" in error_of(capsys, *command, folders["llama"])
@@ -250,7 +251,8 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     assert "is an adapter for --model" in error_of(capsys, *command, folders["llama"], "--type", "embed")
     assert run(*command, folders["llama"]) == 0
     result = json.loads(Path(tmp_path, "out", "mind.json").read_text())
-    assert result["setting"] == "D" and "chose this checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert result["setting"] == "D" and "chose this checkpoint" in said and "another prompt" in said
     assert run(data, "--test", "mind", "--model", folders["llama"], "--out", tmp_path / "base") == 0
     tuned, base = (Path(tmp_path, folder, "mind.scores.jsonl").read_text() for folder in ("out", "base"))
     assert tuned != base
