@@ -993,11 +993,16 @@ def shared_arguments(parser):
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
 
 
+def whole(text, least=0):
+    """An int of at least `least`, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
 def positive(text):
     """An int of at least 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+    return whole(text, 1)
 
 
 class Parser(argparse.ArgumentParser):

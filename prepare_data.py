@@ -527,10 +527,15 @@ def prepare(name, args):
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
     counts, dropped = {"items": {}, "events": {}}, Counter()
-    texts = read_items(items_table, items_paths, counts["items"], dropped)
-    blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_paths)
-    hash_of = functools.partial(common.digest, args.seed, name)
-    *sample, share = sample_users(blocks, texts, hash_of, args.max_rows, dropped)
+    csv.field_size_limit(1 << 27)  # a user's list of items may be long
+    gc.disable()  # millions of short-lived tuples and no cycles: looking for garbage takes a third of the time
+    try:
+        texts = read_items(items_table, items_paths, counts["items"], dropped)
+        blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_paths)
+        hash_of = functools.partial(common.digest, args.seed, name)
+        *sample, share = sample_users(blocks, texts, hash_of, args.max_rows, dropped)
+    finally:
+        gc.enable()
     items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
     users = filter(None, (user_line(*user, items, numbers, plan, dropped) for user in in_hash_order(*sample)))
     test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
@@ -813,53 +818,47 @@ def list_datasets():
               f"{row.negatives:4} negatives\n{'':12} {source.home}\n{'':12} {', '.join(files)}")
 
 
-def number_from(least):
-    """An argparse type: an integer not below least."""
-    def integer(text):
-        if int(text) < least:
-            raise ValueError
-        return int(text)
-    return integer
+def arguments(argv):
+    parser = common.Parser(__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
+    add("--list", action="store_true", help="print the datasets, their raw files and home pages")
+    add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
+    add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
+    add("--out", default="data", help="folder to write <dataset>/ into (--data of the other scripts)")
+    add("--test-size", type=common.whole, metavar="SAMPLES", help="if not given: 20000 for the paper's test sets, else 0")
+    add("--train-size", type=common.whole, metavar="SAMPLES", help="of train and valid together; if not given: 100000 for "
+        "the paper's fine-tune sets, else 0")
+    add("--max-history", type=common.positive, default=20, help="items of a history that are written, the latest")
+    add("--positives", type=common.positive, help="a user's; if given, negatives are drawn (if not: see --list)")
+    add("--negatives", type=common.positive, help="a user's, drawn from items never touched (if not given: see --list)")
+    add("--max-rows", type=common.positive, default=20_000_000, help="events kept in memory")
+    add("--seed", type=int, default=2025, help="seed of everything random")
+    add("--overwrite", action="store_true", help="replace outputs made with other arguments")
+    args = parser.parse_args(argv)
+    if not args.list and not args.names:
+        raise UserError("name the datasets to prepare, or demo; --list shows them")
+    for name in args.names:
+        if name not in (*SOURCES, "demo"):
+            raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
+    return args
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit code; raises UserError."""
-    parser = common.Parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
-    parser.add_argument("--list", action="store_true", help="print the datasets, their raw files and home pages")
-    parser.add_argument("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
-    parser.add_argument("--from-recbench", metavar="DIR", type=Path, help="convert DIR/<dataset>/*.parquet instead")
-    parser.add_argument("--out", default="data", help="folder to write <dataset>/ into (--data of the other scripts)")
-    parser.add_argument("--test-size", type=number_from(0), help="samples; None: 20000 or 0, by its role")
-    parser.add_argument("--train-size", type=number_from(0), help="train and valid; None: 100000 or 0, by its role")
-    parser.add_argument("--max-history", type=number_from(1), default=20, help="items written of a history, the latest")
-    parser.add_argument("--positives", type=number_from(1), help="a user's; where given, negatives are drawn")
-    parser.add_argument("--negatives", type=number_from(1), help="a user's, drawn where given; None: see --list")
-    parser.add_argument("--max-rows", type=number_from(1), default=20_000_000, help="events kept in memory")
-    parser.add_argument("--seed", type=int, default=2025, help="of the choice of users, candidates and ties")
-    parser.add_argument("--overwrite", action="store_true", help="replace what was made with other arguments")
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     if args.list:
         return list_datasets()
-    if not args.names:
-        raise UserError("name the datasets to prepare, or demo; --list shows them")
-    for name in args.names:  # before any long work
-        if name not in (*SOURCES, "demo"):
-            raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
-        if name != "demo" and not args.from_recbench:
-            find(name, args.raw)
-    csv.field_size_limit(1 << 27)  # a user's list of items may be long
-    gc.disable()  # millions of short-lived tuples and no cycles: looking for garbage takes a third of the time
-    try:
-        for name in args.names:
-            if name == "demo":
-                make_demo(args.out, args.seed, args.overwrite)
-            elif args.from_recbench:
-                from_recbench(name, args.from_recbench / name, args)
-            else:
-                prepare(name, args)
-    finally:
-        gc.enable()
+    if not args.from_recbench:
+        for name in args.names:  # a missing file is said before any long work
+            if name != "demo":
+                find(name, args.raw)
+    for name in args.names:
+        if name == "demo":
+            make_demo(args.out, args.seed, args.overwrite)
+        elif args.from_recbench:
+            from_recbench(name, args.from_recbench / name, args)
+        else:
+            prepare(name, args)
 
 
 if __name__ == "__main__":
