@@ -264,6 +264,8 @@ def test_differences_are_paired_over_users():
     same = transfer_matrix.estimate([sample(base)], [sample(base)])
     assert (same["gain"], same["gain_ci"], same["mark"]) == (0, [0, 0], "")
     assert transfer_matrix.estimate([sample(base)], [sample(other)])["mark"] == "worse"
+    unsure = transfer_matrix.estimate([(0.6, np.linspace(0.4, 0.8, 101))], [(0.5, np.full(101, 0.5))])
+    assert unsure["gain"] == pytest.approx(0.1) and unsure["mark"] == ""
 
 
 def test_mean_over_targets_has_its_own_interval():
@@ -337,8 +339,8 @@ def test_foresight_pairs_single_sources_with_other_targets(data, tmp_path, monke
         assert pair["overlap"] == len(pair["source"] + pair["target"]) / 100
     rho = transfer_matrix.rank_correlation([(p["overlap"], p["gain"]) for p in pairs])
     assert matrix["foresight"]["cosine"] is None and matrix["foresight"]["overlap"] == rho
-    note = (tmp_path / "matrix.md").read_text()
-    assert f"9 pairs of source and target: cosine of mean item embeddings undefined, vocabulary overlap {rho:+.2f}" in note
+    assert f"9 pairs of source and target: cosine of mean item embeddings undefined, vocabulary overlap {rho:+.2f}" in (
+        tmp_path / "matrix.md").read_text()
     monkeypatch.setattr(transfer_matrix, "likeness", None)  # kept, so not called again, though the table is another one
     assert run_matrix(data, tmp_path, "--metric", "mrr") == 0
     assert len(read_matrix(tmp_path)[0]["foresight"]["pairs"]) == 9
