@@ -79,7 +79,6 @@ def main(argv=None):
     try:
         matrix["foresight"] = foresight(args, matrix)
     except (UserError, RuntimeError) as error:  # RuntimeError: torch is out of memory
-        matrix["foresight"] = None
         matrix["failed"].append(f"likeness of the datasets ({error})")
     common.write_json(Path(args.out, "matrix.json"), matrix)
     redraw(args.out)
@@ -113,12 +112,15 @@ def shared_flags(args):
 
 
 def perform(script, argv, line, _, there):
-    """Run a piece; returns whether it succeeded. One that is there is asked, silently, if it was made like this."""
-    if not there:
-        print(f"$ {line}", flush=True)
+    """Run a piece; returns whether it succeeded. Raises UserError where it is there, but made with other arguments."""
+    if there:  # its script will say
+        with contextlib.redirect_stdout(io.StringIO()) as heard, contextlib.redirect_stderr(heard):
+            if common.run(script.main, argv):
+                raise UserError(heard.getvalue().removeprefix("error: "))
+        return True
+    print(f"$ {line}", flush=True)
     try:
-        with contextlib.redirect_stdout(io.StringIO() if there else sys.stdout):
-            code = common.run(script.main, argv)
+        code = common.run(script.main, argv)
     except Exception as error:  # whatever it is, say out of memory: the other cells are still worth having
         code = say(f"error: {type(error).__name__}: {error}") or 1
     if code == 130:  # Ctrl-C
@@ -159,8 +161,7 @@ def analyse(args, done):
     marks = [row["cells"][t]["mark"] for row in rows for t in args.targets if row["cells"][t].get("gain_ci")]
     return {"model": common.MODELS.get(args.model, args.model), "type": args.type, "metric": args.metric, "rows": rows,
             "targets": args.targets, "domains": domains, "foresight": known.get("foresight"), "made_of": made_of,
-            "marks": {"compared": len(marks), "better": marks.count("better"), "worse": marks.count("worse"),
-                      "by_chance": 0.05 * len(marks)},
+            "marks": {"compared": len(marks), "by_chance": len(marks) / 20, **{m: marks.count(m) for m in SIGN if m}},
             "rra": {str(k): common.reciprocal_rank_average(singles, k) for k in args.k}}
 
 
@@ -187,7 +188,7 @@ def estimate(cells, zero):
 
 def foresight(args, matrix):
     """Does likeness go with the gain over zero-shot? Pairs of single source and other target, rank correlations."""
-    names, before = list(matrix["domains"]), matrix["foresight"] or {}
+    names, before, matrix["foresight"] = list(matrix["domains"]), matrix["foresight"] or {}, None
     of = [args.model, common.fingerprint(args.model), args.pooling, args.dtype, args.max_length, args.chat_template,
           common.load_prompt(args.prompt), {name: common.read_meta(args.data, name)["sha256"] for name in names}]
     alike = before["alike"] if before.get("of") == of else likeness(args, names)
@@ -313,8 +314,7 @@ def draw_svg(matrix):
     ys = places([domains.get(row["source"], "+" in row["source"]) for row in rows], HEIGHT, TOP)
     limit = max([0.05, *(abs(row["cells"][t].get("gain") or 0) for row in rows for t in columns)])  # darkest colour
     width, bottom = max(xs[-1] + WIDTH, LEFT + 490) + 28, ys[-1] + HEIGHT
-    title = f"Transfer matrix: {matrix['metric'].upper()} of {matrix['model'][-48:]}"
-    out = [label(24, 38, title, 19, "start", "bold"),
+    out = [label(24, 38, f"Transfer matrix: {matrix['metric'].upper()}, {matrix['model'][-48:]}", 19, "start", "bold"),
            label(24, 60, f"{matrix['type']}-based scores; small: difference from zero-shot", 12.5, "start", fill=GREY),
            label((LEFT + xs[-2] + WIDTH) / 2, 92, "tested on", 13, fill=GREY),
            label(-(TOP + bottom) / 2, 28, "trained on", 13, fill=GREY, turn=-90)]
@@ -353,13 +353,12 @@ def draw_legend(matrix, limit, y):
     marks, letters = matrix["marks"], {c.get("setting") for row in matrix["rows"] for c in row["cells"].values()}
     out = [f'<rect x="{LEFT + 18 * i}" y="{y}" width="19" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
     scale = [f"\u2212{limit:.2f}", "zero-shot", f"+{limit:.2f}"]
-    beside = [f"▲ better than zero-shot: {marks['better']} of {marks['compared']} cells",
-              f"▼ worse (negative transfer): {marks['worse']} of {marks['compared']}",
-              f"where the 95% interval excludes zero; by chance: {marks['by_chance']:.1f}"]
+    beside = ["▲ better than zero-shot: {better} of {compared}", "▼ worse (negative transfer): {worse} of {compared}",
+              "where the 95% interval excludes zero; by chance: {by_chance:.1f}"]
     below = [*(f"{letter}: {meaning}" for letter, meaning in common.SETTINGS.items() if letter in letters),
              "Intervals cover the choice of users, not the luck of a training run."]
     out += [label(LEFT + 99 * i, y + 29, words, 11.5) for i, words in enumerate(scale)]
-    out += [label(LEFT + 240, y + 10 + 17 * i, words, 11.5, "start") for i, words in enumerate(beside)]
+    out += [label(LEFT + 240, y + 10 + 17 * i, words.format(**marks), 11.5, "start") for i, words in enumerate(beside)]
     out += [label(LEFT, y + 72 + 17 * i, words, 11.5, "start") for i, words in enumerate(below)]
     return out, y + 76 + 17 * len(below)
 
