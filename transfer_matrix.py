@@ -135,7 +135,7 @@ def perform(script, argv, line, _, there):
 def analyse(args, done):
     """The matrix from the files of what is done, {(source, target): path}; that in OUT if it was made of just these."""
     known = common.read_json(path) if (path := Path(args.out, "matrix.json")).exists() else {}
-    made_of = f"{common.digest(vars(args), *(path.read_text() for path in [Path(__file__), *done.values()])):016x}"
+    made_of = f"{common.digest(vars(args), *(path.read_bytes() for path in [Path(__file__), *done.values()])):016x}"
     if known.get("made_of") == made_of:
         return known
     results = {key: common.read_json(path) for key, path in done.items()}
