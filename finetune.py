@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 finetune.py --model meta-llama/Meta-Llama-3-8B --train mind --out runs/mind
 
 Writes to OUT: the best adapter in peft's format, run.json (what was trained, on what, how it ended) and log.jsonl (a
-line a step and a line an evaluation). A killed run continues from its last evaluation when the same command is run again.
+line a step and a line an evaluation). The same command continues a killed run from its last evaluation.
 """
 import json
 import math
@@ -99,7 +99,7 @@ def main(argv=None):
         return say(f"{args.out} is finished already; --overwrite runs it again")
     run = {"model": job["model"], "type": args.type, "train": args.train, "valid": args.valid, "finished": False,
            "train_chain": common.check_names(earlier.get("train_chain", []) + args.train),
-           "init_adapter": args.init_adapter, "arguments": job, "versions": common.versions()}
+           "init_adapter": args.init_adapter, "arguments": {**vars(args), **job}, "versions": common.versions()}
     if outside := [name for name in args.valid if name not in run["train_chain"]]:
         say(f"validating on {', '.join(outside)}, not trained on: its labels choose the checkpoint")
 
@@ -394,17 +394,18 @@ def add_lora(args, scorer):
 
 
 def describe(args, metas):
-    """Everything that the run depends on; a folder made under another description is not continued."""
-    free = ("data", "out", "device", "overwrite", "setting", "target", "trust_remote_code")  # do not change the result
+    """Everything that the result depends on; a folder made under another description is not continued."""
+    free = ("data", "out", "device", "overwrite", "setting", "target", "trust_remote_code", "max_tokens",
+            "gradient_checkpointing")  # a run that ran out of memory may go on with less
     return {**{key: value for key, value in vars(args).items() if key not in free},
-            "prompt": common.load_prompt(args.prompt), "model": common.MODELS.get(args.model, args.model),
-            "model_fingerprint": common.fingerprint(args.model),
+            "dtype": common.placement(args)[1], "prompt": common.load_prompt(args.prompt),
+            "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
             "init_fingerprint": common.fingerprint(args.init_adapter), "processes": processes()[1],
             "data_sha256": {name: meta["sha256"] for name, meta in sorted(metas.items())}}
 
 
 def finished(args, job):
-    """Whether --out holds this very run, finished. Raises UserError where another run is there; --overwrite clears it."""
+    """Whether --out holds this very run, finished. Raises UserError where another is there; --overwrite clears it."""
     files = [path for name in FILES if (path := Path(args.out, name)).exists()]
     if args.overwrite or not {"state.pt", "adapter_model.safetensors"} & {path.name for path in files}:
         for path in files:  # run.json last: what is there is never without its description
