@@ -101,7 +101,9 @@ def training_sets(setting, target):
                         f"(not {', '.join(same) or target})")
     sets = {"A": [], "B": [], "C": [target], "D": [n for n in same if n != target], "E": same,
             "G": [n for n in trainable if n != target], "H": trainable}[setting]
-    if not set(sets) <= set(trainable) or setting_of(sets, target, setting == "A") != setting:
+    if setting in "CEH" and target not in trainable:
+        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tuning set")
+    if setting_of(sets, target, setting == "A") != setting:
         raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: its domain "
                         f"({dataset(target).domain}) has {len(same)} fine-tuning dataset(s): {', '.join(same) or 'none'}")
     return sets
@@ -212,8 +214,34 @@ def answer_tokens(tokenizer, prompt, chat_template=False):
         raise UserError(f"both answers {words} are the token {tokenizer.convert_ids_to_tokens(answers)[0]!r}")
     return answers
 
+
+def encode_texts(tokenizer, special_tokens, chat_template, open_ended, texts):
+    """Token ids of texts, tokenised whole. chat_template: wrapped by it, which brings its own BOS.
+
+    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off. A text without any token (an item
+    without text, a tokenizer without BOS) is one EOS, so that it too has a state to read.
+    """
+    if chat_template:
+        texts, special_tokens = [chat(tokenizer, text) for text in texts], False
+    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
+    if open_ended and special_tokens and tokenizer.eos_token_id is not None:
+        ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
+    return [row or [tokenizer.eos_token_id or 0] for row in ids]
+
+
+def chat(tokenizer, text):
+    """The text as a user's message in the tokenizer's own chat template, up to where the answer goes."""
+    message = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # there is none, or it is broken
+        raise UserError(f"--chat-template: {str(error)[:300]}") from None
+
 # ---------------------------------------------------------------------------------------------------- prompt scoring
 
+# A model ready to score. family: "causal", "masked" or "seq2seq"; packs: whether prompts are packed; encode: texts -> token
+# lists; prompt: see PROMPT; pooling: "last" or "mean"; limit: tokens of a prompt; max_tokens: tokens of a forward pass.
+Scorer = namedtuple("Scorer", "name model tokenizer family packs encode prompt pooling limit max_tokens")
 # One row of a forward pass: token lists `rests` that each continue `prefix`, and `places`, where their results belong.
 Row = namedtuple("Row", "prefix rests places")
 
@@ -291,7 +319,7 @@ def packed_mask(segment):
 
 
 def answer_gaps(scorer, rows):
-    """logit(yes) - logit(no) of every rest of the rows, in order: a tensor (rests,), float32 or 64, with gradient."""
+    """logit(yes) - logit(no) of every rest of the rows, in order: a float64 tensor (rests,), with gradient."""
     model, device = scorer.model, scorer.model.device
     ids, segment, position, answers = lay_out(rows, scorer.tokenizer.pad_token_id or 0)
     if scorer.family == "masked":
@@ -307,7 +335,7 @@ def answer_gaps(scorer, rows):
     if scorer.family == "seq2seq":
         inputs["decoder_input_ids"] = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
         answers[:, 1] = 0
-    logits = model(**inputs).logits[answers[:, 0], answers[:, 1]]
+    logits = model(**inputs).logits[answers[:, 0], answers[:, 1]].double()
     return logits[:, 0] - logits[:, 1]
 
 
@@ -489,8 +517,6 @@ MODELS = {  # short names; any hub id or local folder works too
     "sentence-bert": "efederici/sentence-bert-base",
 }
 
-# What scores: family is "causal", "masked" or "seq2seq"; encode: texts -> token lists; limit: tokens a prompt.
-Scorer = namedtuple("Scorer", "name model tokenizer family packs encode prompt pooling limit max_tokens")
 
 
 def load_scorer(args):
@@ -500,7 +526,7 @@ def load_scorer(args):
     """
     prompt = load_prompt(args.prompt)
     name, model, tokenizer, family = load_pretrained(args)
-    limit, packs = min(args.max_length, max_positions(model.config, tokenizer)), False
+    limit, packs = min(args.max_length, max_positions(model, tokenizer)), False
     if args.type == "prompt":
         answers = answer_tokens(tokenizer, prompt, args.chat_template)
         model.set_output_embeddings(answer_head(model.get_output_embeddings(), answers))
@@ -508,10 +534,11 @@ def load_scorer(args):
         packs = refusal is None
         if refusal and family == "causal":
             say(f"{name}: prompts are scored without packing: {refusal}")
-    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template,
-                               args.type == "prompt" and family == "causal")
+    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"],
+                               args.chat_template and args.type == "prompt", args.type == "prompt" and family == "causal")
     pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
-    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, args.max_tokens)
+    max_tokens = args.max_tokens or (1024 if model.device.type == "cpu" else 8192)
+    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, max_tokens)
 
 
 def load_pretrained(args):
@@ -535,8 +562,10 @@ def load_pretrained(args):
         raise UserError(f"model {name} does not fit into the memory of {device}") from None
     except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
         raise UserError(f"model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from None
-    if args.type == "prompt" and info["missing_keys"]:  # the class invents a head where the weights have none
-        raise UserError(f"model {name} has no LM head ({sorted(info['missing_keys'])[0]} is missing): use --type embed")
+    missing = sorted(key for key in info["missing_keys"] if args.type == "prompt" or "pooler" not in key)
+    if missing:  # the class has invented them
+        what, mend = ("no LM head", ": use --type embed") if args.type == "prompt" else ("incomplete weights", "")
+        raise UserError(f"model {name} has {what} ({missing[0]} is missing){mend}")
     if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
     model.config.use_cache = False
@@ -549,25 +578,6 @@ def placement(args):
     return device, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
 
 
-def read_run(folder, model=None, kind=None):
-    """run.json of a finished finetune.py run, {} for no folder. Raises UserError where model or type are other ones."""
-    if not folder:
-        return {}
-    if not Path(folder, "run.json").exists():
-        raise UserError(f"{folder} holds no fine-tuned adapter (run.json is missing)")
-    run = read_json(Path(folder, "run.json"))
-    if not run.get("finished"):
-        raise UserError(f"{folder} is unfinished: run its finetune.py command again to finish it")
-    if not model:
-        return run
-    prints = run.get("arguments", {}).get("model_fingerprint"), fingerprint(model)
-    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may have moved
-    if not same or run["type"] != kind:
-        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
-                        f"{MODELS.get(model, model)} {kind}{' (as its files are now)' if run['model'] == model else ''}")
-    return run
-
-
 def load_adapter(scorer, folder, trainable=False):
     """The scorer with a run's LoRA adapter on its model, in float32 at least. Raises UserError where it does not fit."""
     from peft import PeftModel
@@ -575,34 +585,6 @@ def load_adapter(scorer, folder, trainable=False):
         return scorer._replace(model=PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval())
     except Exception as error:
         raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
-
-
-def fingerprint(folder):
-    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None where there are none."""
-    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
-    parts = []
-    for path in files:
-        size, content = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as file:
-            for start in range(0, size, max(1 << 20, size // 16)):
-                file.seek(start)
-                content.update(file.read(1 << 20))
-        parts += [path.name, size, content.hexdigest()]
-    return f"{digest(*parts):016x}" if parts else None
-
-
-def versions():
-    """The versions that a result was made with."""
-    from importlib.metadata import version
-    packages = ("torch", "transformers", "peft", "numpy")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-
-
-def peak_memory_gb(device):
-    """Peak memory of this process in GB: of the GPU's where the device is one, else resident memory."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def family_of(config):
@@ -614,34 +596,14 @@ def family_of(config):
     return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder else "causal"
 
 
-def max_positions(config, tokenizer):
+def max_positions(model, tokenizer):
     """The longest input in tokens that a model has positions for."""
+    config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or math.inf
-    if "roberta" in config.model_type:  # its positions start after the padding id
-        positions -= config.pad_token_id + 1
+    for name, module in model.named_modules():  # RoBERTa's positions start after the padding id
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
     return min(positions, tokenizer.model_max_length)
-
-
-def chat(tokenizer, text):
-    """The text as a user's message in the tokenizer's own chat template, up to where the answer goes."""
-    if not tokenizer.chat_template:
-        raise UserError("--chat-template: this tokenizer has none")
-    message = {"role": "user", "content": text}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-
-
-def encode_texts(tokenizer, special_tokens, chat_template, open_ended, texts):
-    """Token ids of texts, tokenised whole. chat_template: wrapped by it, which brings its own BOS.
-
-    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off. A text without any token (an item
-    without text, a tokenizer without BOS) is one EOS, so that it too has a state to read.
-    """
-    if chat_template:
-        texts, special_tokens = [chat(tokenizer, text) for text in texts], False
-    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
-    if open_ended and special_tokens and tokenizer.eos_token_id is not None:
-        ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
-    return [row or [tokenizer.eos_token_id or 0] for row in ids]
 
 # --------------------------------------------------------------------------------------------------------- baselines
 
@@ -958,37 +920,87 @@ def read_users(data, name, split, limit=None):
 
 def read_lines(path):
     """Yield the JSON values of a .jsonl file. Raises UserError with the line number where one is broken."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise UserError(f"{path}, line {number}: not JSON; prepare the dataset again") from None
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; prepare the dataset again") from None
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing; prepare the dataset again")
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {number}: not JSON; prepare the dataset again") from None
+
+
+def read_run(folder, model=None, kind=None):
+    """run.json of a finished finetune.py run, {} for no folder. Raises UserError where model or type are other ones."""
+    if not folder:
+        return {}
+    if not Path(folder, "run.json").exists():
+        raise UserError(f"{folder} holds no fine-tuned adapter (run.json is missing)")
+    run = read_json(Path(folder, "run.json"))
+    if not run.get("finished"):
+        raise UserError(f"{folder} is unfinished: run its finetune.py command again to finish it")
+    if not model:
+        return run
+    prints = run.get("arguments", {}).get("model_fingerprint"), fingerprint(model)
+    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may have moved
+    if not same or run["type"] != kind:
+        now = "" if same or run["model"] != model else ", whose files have changed"
+        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, "
+                        f"not for --model {MODELS.get(model, model)} --type {kind}{now}")
+    return run
+
+
+def fingerprint(folder):
+    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
+    parts = []
+    for path in files:
+        size, content = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as file:
+            for start in range(0, size, max(1 << 20, size // 16)):
+                file.seek(start)
+                content.update(file.read(1 << 20))
+        parts += [path.name, size, content.hexdigest()]
+    return f"{digest(*parts):016x}" if parts else None
+
+
+def versions():
+    """The versions that a result was made with."""
+    from importlib.metadata import version
+    packages = ("torch", "transformers", "peft", "numpy")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+
+
+def peak_memory_gb(device):
+    """Peak memory of this process in GB: of the GPU's where the device is one, else resident memory."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def say(message):
-    """A line for the person at the terminal, on standard error, beside progress bars."""
-    tqdm.write(message, file=sys.stderr)
+    """A line for the person at the terminal, on standard error, beside progress bars; from torchrun's first process."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message, file=sys.stderr)
 
 
 def shared_arguments(parser):
     """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
     add = parser.add_argument_group("shared flags").add_argument
-    add("--data", default="data", help="folder that prepare_data.py wrote (its --out)")
+    add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
     add("--type", choices=["prompt", "embed"], default="prompt", help="score by Yes/No logits or by cosine of embeddings")
     add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
     add("--chat-template", action="store_true", help="wrap prompts by the tokenizer's chat template")
     add("--pooling", choices=["auto", "last", "mean"], default="auto", help="embedding of a text: its last token (auto: "
         "decoder-only models) or the mean over tokens (auto: others)")
-    add("--seed", type=int, default=2025, help="seed of everything random")
+    add("--seed", type=whole, metavar="N", default=2025, help="seed of everything random")
     add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
         help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
-    add("--max-length", type=positive, default=1024, help="tokens a prompt; histories are cut to it, oldest items first")
-    add("--max-tokens", type=positive, default=8192, help="tokens a forward pass: lower it if memory runs out")
+    add("--max-length", type=positive, metavar="TOKENS", default=1024,
+        help="of a prompt, at most; histories are cut to it, oldest items first")
+    add("--max-tokens", type=positive, metavar="TOKENS", help="of a forward pass; lower it if memory runs out (if not given: "
+        "8192, on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
 
@@ -1008,8 +1020,9 @@ def positive(text):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line (UserError) and whose help is the script's docstring, the flags, their defaults."""
 
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
+    class Help(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help + (" (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else "")
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)

@@ -46,21 +46,22 @@ def main(argv=None):
     if args.model in common.BASELINES and args.adapter:
         raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
     run = common.read_run(args.adapter, args.model, args.type)
-    if run and run["arguments"]["prompt"] != common.load_prompt(args.prompt):
-        say(f"{args.adapter} was trained with another prompt")
     jobs = {name: describe(args, metas[name]) for name in names}
+    for key in ("prompt", "chat_template", "pooling", "max_length"):
+        if run and run["arguments"].get(key) != jobs[names[0]][key]:
+            say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
     for name in names:  # a split that is missing, or what is in the way of its results: said before the first is scored
         common.read_users(args.data, name, args.split)
     before = {name: finished(args, name, jobs[name]) for name in names}
     scorer, results = None, []
     for name in names:
+        setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
         if (done := before[name]) is None:
             if scorer is None and args.model not in common.BASELINES:
                 scorer = common.load_scorer(args)
                 scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
-            setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
             done = evaluate(args, name, jobs[name], setting, scorer)
-        results.append(done)
+        results.append({**done, "setting": setting})
         if name in set(run.get("valid", [])) - set(run.get("train_chain", [])):
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
     print(table(results))
@@ -79,11 +80,11 @@ def prepared(args):
 
 def describe(args, meta):
     """Everything that the scores depend on; results made under another description are not taken for these."""
-    keys = ("adapter", "type", "chat_template", "pooling", "max_length", "split", "limit_users", "seed")
+    keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "seed")
     return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
             "dtype": common.placement(args)[1],
-            "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
-            "adapter_fingerprint": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
+            "model": common.fingerprint(args.model) or common.MODELS.get(args.model, args.model),  # folders may move
+            "adapter": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
 
 
 def finished(args, name, job):
@@ -103,7 +104,10 @@ def finished(args, name, job):
 
 
 def evaluate(args, name, job, setting, scorer):
-    """Score one dataset, from where a killed run stopped, and write its two files. Returns the result (a dict)."""
+    """Score one dataset, from where a killed run stopped, and write its two files. Returns the result (a dict).
+
+    Its cost and truncation are about the users scored now, after the first `users_resumed`.
+    """
     scores_file = Path(args.out, f"{name}.scores.jsonl")
     part, part_job = Path(f"{scores_file}.part"), Path(args.out, f"{name}.part.json")
     common.write_json(part_job, job)
@@ -114,9 +118,12 @@ def evaluate(args, name, job, setting, scorer):
         say(f"{name}: continuing after {done} users")
     started, counts = time.perf_counter(), score_users(args, name, scorer, part, done)
     seconds = time.perf_counter() - started
+    for key, what in TRUNCATED.items():
+        if counts[key]:
+            say(f"{name}: {counts[key]} {what}")
     result = summarize(args, name, part, is_logit=args.type == "prompt" and scorer is not None)
     result = {
-        "dataset": name, "split": args.split, "setting": setting, "type": args.type, "model": job["model"],
+        "dataset": name, "split": args.split, "setting": setting, "type": args.type, "model": common.MODELS.get(args.model, args.model),
         "adapter": args.adapter, **result, "users_resumed": done, "truncated": {key: counts[key] for key in TRUNCATED},
         "seconds": seconds, "samples_per_s": counts["samples"] / seconds, "tokens_scored": counts["tokens_scored"],
         "tokens_unpacked": counts["tokens_unpacked"],
@@ -164,7 +171,8 @@ def score_users(args, name, scorer, part, done):
                 scores, more = common.score_embeddings(scorer, texts, known)
                 counts += more
             else:
-                scorer, checked = scorer if checked else common.check_packing(scorer, texts), True
+                if not checked:
+                    scorer, checked = common.check_packing(scorer, texts), any(len(c) > 1 for _, c in texts)
                 scores, more = common.score_prompts(scorer, texts)
                 counts += more
             if not np.isfinite(scores).all():

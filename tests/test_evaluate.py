@@ -207,7 +207,7 @@ def test_errors_that_the_user_can_mend(data, tmp_path, folders, capsys, monkeypa
     assert "keys out of item" in error(*llama, "--prompt", tmp_path / "prompt.json")
     assert "no.json is missing" in error(*llama, "--prompt", tmp_path / "no.json")
     assert "--bogus" in error("--model", "random", "--test", "mind", "--bogus", 1)
-    assert "'0' is not a positive" in error("--model", "random", "--test", "mind", "--limit-users", 0)
+    assert "'0' is not a whole number of at least 1" in error("--model", "random", "--test", "mind", "--limit-users", 0)
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
     assert "file" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "file" / "out")
@@ -252,7 +252,7 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     assert run(*command, folders["llama"]) == 0
     result = json.loads(Path(tmp_path, "out", "mind.json").read_text())
     said = capsys.readouterr().err
-    assert result["setting"] == "D" and "chose this checkpoint" in said and "another prompt" in said
+    assert result["setting"] == "D" and "chose this checkpoint" in said and "another --prompt" in said
     assert run(data, "--test", "mind", "--model", folders["llama"], "--out", tmp_path / "base") == 0
     tuned, base = (Path(tmp_path, folder, "mind.scores.jsonl").read_text() for folder in ("out", "base"))
     assert tuned != base

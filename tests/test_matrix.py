@@ -128,7 +128,7 @@ def test_dry_run_prints_one_runnable_line_for_each_missing_piece(data, tmp_path,
     assert [args.train for args in trainings] == [
         ["news-a"], ["news-b"], ["shop"], ["news-a", "news-b"], ["news-a", "books-a", "shop"]]
     for args in trainings + cells:
-        assert (args.seed, args.type, args.data, args.overwrite, args.max_tokens) == (7, "embed", data, True, 8192)
+        assert (args.seed, args.type, args.data, args.overwrite, args.max_tokens) == (7, "embed", data, True, None)
     assert all(args.lr == 0.01 for args in trainings) and all(args.limit_users == 9 for args in cells)
     assert [args.adapter for args in cells[:4]] == [None] * 4 and cells[4].adapter == trainings[0].out
     assert cells[4].out == str(tmp_path / "a b" / "cells" / "news-a") and cells[4].test == ["news-a"]

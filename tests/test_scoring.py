@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import tiny
 import torch
 import transformers
@@ -225,8 +226,9 @@ def test_the_two_row_head_is_float32_in_a_bfloat16_model(model, family):
     scorer = scorer_of(model(family), "--dtype", "bfloat16")
     rows, _ = common.prompt_rows(scorer, USERS, 8192)
     gaps = common.answer_gaps(scorer, rows)
-    assert gaps.dtype == torch.float32 and scorer.model.get_output_embeddings().weight.shape[0] == 2
-    assert not torch.equal(gaps, gaps.bfloat16().float())  # finer than bfloat16
+    head = scorer.model.get_output_embeddings()
+    assert gaps.dtype == torch.float64 and head.weight.dtype == torch.float32 and head.weight.shape[0] == 2
+    assert not torch.equal(gaps, gaps.bfloat16().double())  # finer than bfloat16
 
 
 # ------------------------------------------------------------------------------------- prompts, answers, chat templates
@@ -470,3 +472,11 @@ def test_every_function_of_common_can_be_copied_with_the_imports_and_public_name
         state = [n for n in used & set(vars(common)) if isinstance(vars(common)[n], (list, set, np.ndarray, Counter))]
         assert not [n for n in state if not n.isupper()], f"{name} uses changing module state"
     assert not [n for f in functions.values() for n in f.__code__.co_names if n in ("globals", "setattr")]
+
+
+def test_weights_that_are_not_there_are_no_embeddings(tmp_path):
+    folder = tiny.build("bert", tmp_path / "bert")
+    weights = safetensors.torch.load_file(f"{folder}/model.safetensors")
+    safetensors.torch.save_file({k: v for k, v in weights.items() if "attention.self.query" not in k}, f"{folder}/model.safetensors")
+    with pytest.raises(common.UserError, match="incomplete weights .*query"):
+        scorer_of(folder, "--type", "embed")
