@@ -978,6 +978,13 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+def markdown_table(rows):
+    """A Markdown table of rows of str; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    head, *lines = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+    return "\n".join([head, re.sub("[^|]", "-", head), *lines])
+
+
 def say(message):
     """A line for the person at the terminal, on standard error, beside progress bars; from torchrun's first process."""
     if os.environ.get("RANK", "0") == "0":

@@ -245,10 +245,7 @@ def table(results):
     rows = [["dataset", "setting", "users", "samples", *names, "samples/s"]]
     rows += [[r["dataset"], r["setting"], str(r["n_users"]), str(r["n_samples"]), *(cell(r, n) for n in names),
               f"{r['samples_per_s']:.0f}"] for r in results]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n[95% intervals over the choice of users, not over the luck of a training run]"
+    return common.markdown_table(rows) + "\n[95% intervals over the choice of users, not over the luck of a training run]"
 
 
 if __name__ == "__main__":

@@ -242,15 +242,8 @@ def markdown(matrix):
         ranks = [rra[k].get(row["source"]) for k in rra]
         tables[2].append([row["source"], *("" if rank is None else f"{rank:.3f}" for rank in ranks),
                           *(str(row["training"].get(key, "")) for key in ("steps", "samples"))])
-    return "\n\n".join([f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based", *map(table, tables),
+    return "\n\n".join([f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based", *map(common.markdown_table, tables),
                         "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
-
-
-def table(rows):
-    """A Markdown table; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    head, *lines = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-    return "\n".join([head, re.sub("[^|]", "-", head), *lines])
 
 
 def notes(matrix):
@@ -298,7 +291,7 @@ def compare(folders):
         gap = f"{mean(m, 'H', both) - mean(m, 'G', both):+.3f}" if both else ""
         means = [f"{mean(m, letter, names):.3f}" for letter, names in targets.items()]
         lines.append([f"{m['model']}, {m['type']} ({folder})", *means, gap])
-    return "\n".join([table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
+    return "\n".join([common.markdown_table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
                       "- Means over the targets (how many) that have the setting, or H and G, in every matrix."])
 
 # ------------------------------------------------------------------------------------------------------------ picture

@@ -217,6 +217,30 @@ def test_a_forward_holds_no_more_than_max_tokens(data, model, kind):
     assert 80 < max(sizes) <= 300  # embeddings: users and items in forwards of their own
 
 
+@pytest.mark.slow
+def test_memory_of_a_step_is_bounded_by_max_tokens_and_by_checkpointing(tmp_path):
+    write_dataset(tmp_path, "mind", {"train": [10] * 8, "valid": [6]}, text=lambda title: title + " song river light" * 12)
+    folder = tiny.build("llama", tmp_path / "model", hidden_size=256, num_hidden_layers=8, num_key_value_heads=4,
+                        head_dim=64, intermediate_size=768, max_position_embeddings=2048)
+    held = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) // 1024
+
+    def peak(max_tokens, *argv):
+        """MB that a step takes beyond what was held before, measured in a copy of this process."""
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            args, scorer, train = scorer_and_data(tmp_path, folder, "--dtype", "float32", *argv)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            before = held("VmRSS:")
+            gradient_step(args, scorer._replace(max_tokens=max_tokens), train, [(u, c) for u in range(4) for c in range(8)])
+            os.write(write, str(held("VmHWM:") - before).encode())
+            os._exit(0)
+        wait(child)
+        return int(os.read(read, 99))
+    sizes = {case: peak(*case) for case in [(4096,), (512,), (4096, "--gradient-checkpointing")]}
+    print("MB beyond the model:", sizes)
+    assert sizes[512,] < 0.5 * sizes[4096,] and sizes[4096, "--gradient-checkpointing"] < 0.7 * sizes[4096,]
+
+
 def test_batches_hold_32_samples_and_an_epoch_each_sample_once():
     sizes = [13, 4, 7, 10, 2, 23, 1, 40] * 5
     pairs = {(user, c) for user, size in enumerate(sizes) for c in range(size)}
