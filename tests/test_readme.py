@@ -24,7 +24,7 @@ def commands():
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`(python \w+\.py [^`]*)`", README)
     blocks.sort(key=README.index)
     lines = "\n".join(blocks).replace("\\\n", " ").replace("$model", "qwen-2-0.5b").replace("$name", "mind").splitlines()
-    words = [shlex.split(line.replace("NAME...", "mind")) for line in lines if re.match(r"\s*(python|torchrun) ", line)]
+    words = [shlex.split(line.replace("NAME...", "mind").replace("<dataset>", "mind")) for line in lines if re.match(r"\s*(python|torchrun) ", line)]
     starts = [next(i for i, word in enumerate(line) if word in SCRIPTS or word == "pytest") for line in words]
     return [line[start:] for line, start in zip(words, starts) if line[start] in SCRIPTS and "--list" not in line]
 
@@ -57,3 +57,13 @@ def test_commands_run(tmp_path, monkeypatch):
         ran += 1
     assert ran >= 12
     assert {path.suffix for path in Path("demo").glob("matrix.*")} == {".json", ".csv", ".md", ".svg"}
+
+
+def test_rra_by_hand():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "= 0." in line]
+    targets = ["mind", "goodreads", "cds"]
+    assert [row[0] for row in rows] == targets
+    table = {row[0]: dict(zip(targets, map(float, row[1:4]))) for row in rows}
+    for column, k in ((4, 1), (5, 3)):
+        values = common.reciprocal_rank_average(table, k)
+        assert {row[0]: float(row[column].split("=")[1]) for row in rows} == pytest.approx(values, abs=5e-4)
