@@ -219,7 +219,8 @@ def test_a_forward_holds_no_more_than_max_tokens(data, model, kind):
 
 @pytest.mark.slow
 def test_memory_of_a_step_is_bounded_by_max_tokens_and_by_checkpointing(tmp_path):
-    write_dataset(tmp_path, "mind", {"train": [10] * 8, "valid": [6]}, text=lambda title: title + " song river light" * 12)
+    sizes = {"train": [8] * 4, "valid": [6]}
+    write_dataset(tmp_path, "mind", sizes, text=lambda title: title + " song river light" * 12)
     folder = tiny.build("llama", tmp_path / "model", hidden_size=256, num_hidden_layers=8, num_key_value_heads=4,
                         head_dim=64, intermediate_size=768, max_position_embeddings=2048)
     held = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) // 1024
@@ -231,14 +232,15 @@ def test_memory_of_a_step_is_bounded_by_max_tokens_and_by_checkpointing(tmp_path
             args, scorer, train = scorer_and_data(tmp_path, folder, "--dtype", "float32", *argv)
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
             before = held("VmRSS:")
-            gradient_step(args, scorer._replace(max_tokens=max_tokens), train, [(u, c) for u in range(4) for c in range(8)])
+            batch = finetune.epoch_batches([8] * 4, 0, 0, 32)[0]
+            gradient_step(args, scorer._replace(max_tokens=max_tokens), train, batch)
             os.write(write, str(held("VmHWM:") - before).encode())
             os._exit(0)
         wait(child)
         return int(os.read(read, 99))
-    sizes = {case: peak(*case) for case in [(4096,), (512,), (4096, "--gradient-checkpointing")]}
-    print("MB beyond the model:", sizes)
-    assert sizes[512,] < 0.5 * sizes[4096,] and sizes[4096, "--gradient-checkpointing"] < 0.7 * sizes[4096,]
+    peaks = {case: peak(*case) for case in [(4096,), (512,), (4096, "--gradient-checkpointing")]}
+    print("MB beyond the model:", peaks)
+    assert peaks[512,] < 0.5 * peaks[4096,] and peaks[4096, "--gradient-checkpointing"] < 0.75 * peaks[4096,]
 
 
 def test_batches_hold_32_samples_and_an_epoch_each_sample_once():
@@ -257,6 +259,13 @@ def test_batches_hold_32_samples_and_an_epoch_each_sample_once():
         assert max(len([1 for u, _ in batch if u == 5]) for batch in batches) <= 20  # 23 candidates: never in one chunk
     assert epochs[0] != epochs[1] and epochs[0] == finetune.epoch_batches(sizes, 7, 0, 32)
     assert epochs[0] != finetune.epoch_batches(sizes, 8, 0, 32)
+
+
+def test_each_epoch_trains_on_all_samples_in_an_order_of_its_own(data, model, tmp_path):
+    assert run(data, model("llama"), tmp_path, "--train", "pens", *EXACT, "--lr", 1e-12, "--epochs", 2) == 0
+    first, second = losses(tmp_path).reshape(2, 3)
+    assert abs(first - second).min() > 1e-3  # other batches, the same samples
+    assert first @ [32, 32, 1] == pytest.approx(second @ [32, 32, 1])
 
 
 def test_packed_and_split_runs_end_with_the_same_adapter(data, model, tmp_path, monkeypatch):
@@ -589,19 +598,19 @@ def test_what_was_best_before_the_loss_is_nan_stays(data, model, tmp_path, monke
     peft.PeftModel.from_pretrained(network, tmp_path)
 
 
-@pytest.mark.parametrize("limit", [300, 3_000])
+@pytest.mark.parametrize("limit", [300, 3_000, 10_000])
 def test_a_file_size_limit_is_one_line_and_the_run_continues(data, model, tmp_path, whole, limit):
     out = tmp_path / "out"
     assert wait(fork(data, model("llama"), out, *KILLED, prepare=lambda: after_one(finetune, "end_evaluation"))) == -9
     before = (out / "adapter_model.safetensors").read_bytes()
-    assert limit < len(before)
+    assert 3_000 < len(before) < 10_000  # so the log, the adapter and the state for a restart fail
     read, write = os.pipe()  # a file would be limited too
     child = fork(data, model("llama"), out, *KILLED, output=write,
                  prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     os.close(write)
     line = error_line(open(read).read())
     assert wait(child) == 2 and ("File too large" in line or f"{out} cannot be written" in line)
-    assert (out / "adapter_model.safetensors").read_bytes() == before and adapter(out)
+    assert adapter(out) and (limit > 3_000 or (out / "adapter_model.safetensors").read_bytes() == before)
     assert run(data, model("llama"), out, *KILLED) == 0
     assert_same_run(out, whole[0])
 
