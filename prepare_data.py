@@ -34,7 +34,7 @@ import zlib
 from array import array
 from collections import Counter, namedtuple
 from datetime import datetime, timezone
-from itertools import chain, compress, islice, repeat
+from itertools import chain, groupby, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +108,9 @@ def iso_time(text):
     return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
 
 
-@functools.lru_cache(1 << 16)
 def us_time(text):
-    """Seconds since 1970 of "11/15/2019 1:22:32 PM" (strptime takes five times as long)."""
-    month, day, year, hour, minute, second = map(int, re.split("[/: ]", text[:-3]))
-    hour = hour % 12 + {" AM": 0, " PM": 12}[text[-3:]]
-    return int(datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc).timestamp())
+    """Seconds since 1970 of "11/15/2019 1:22:32 PM"."""
+    return int(datetime.strptime(text + " +0000", "%m/%d/%Y %I:%M:%S %p %z").timestamp())
 
 
 def goodreads_time(text):
@@ -208,59 +205,47 @@ def amazon(category):
 
 
 SOURCES = {
-    "mind": Source(
-        "https://msnews.github.io/",
+    "mind": Source("https://msnews.github.io/",
         [Table(["news.tsv"], TAB, (0, 3), texts("title"))],
         Table(["behaviors.tsv"], TAB, (1, 2, 3, 4), impressions(mind_shown))),
-    "pens": Source(
-        "https://msnews.github.io/pens.html",
+    "pens": Source("https://msnews.github.io/pens.html",
         [Table(["news.tsv"], TAB, (0, 3), texts("title"), headless)],
         Table(["train.tsv", "valid.tsv"], TAB, (0, 6, 1, 4, 5), impressions(pens_shown), headless)),
-    "goodreads": Source(
-        "https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
+    "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
         [Table(["goodreads_book_works.json"], JSON, ("best_book_id", "original_title"), texts("title"))],
         Table(["goodreads_interactions_dedup.json"], JSON, ("user_id", "book_id", "date_added", "is_read"),
               ratings(goodreads_time, {True: 1, False: 0}.__getitem__))),
     "books": amazon("Books"),
-    "movielens": Source(
-        "https://grouplens.org/datasets/movielens/",
+    "movielens": Source("https://grouplens.org/datasets/movielens/",
         [Table(["movies.csv"], CSV, ("movieId", "title"), texts("title"))],
         Table(["ratings.csv"], COMMA, ("userId", "movieId", "timestamp", "rating"), ratings(int))),
-    "microlens": Source(
-        "https://github.com/westlake-repl/MicroLens",
+    "microlens": Source("https://github.com/westlake-repl/MicroLens",
         [Table(["MicroLens-50k_titles.csv"], CSV, ("item", "title"), texts("title"))],
         Table(["MicroLens-50k_pairs.csv"], COMMA, ("user", "item", "timestamp"), visits(int))),
-    "netflix": Source(
-        "https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
+    "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
         [Table(["movie_titles.csv"], TAB, (0, 2, 1), texts("title", "year"), netflix_titles, "latin-1")],
         Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], COMMA, (1, 0, 3, 2), ratings(iso_time),
               netflix_ratings)),
     "cds": amazon("CDs_and_Vinyl"),
-    "lastfm": Source(
-        "http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
+    "lastfm": Source("http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
         [Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (4, 5, 3),
                texts("track_name", "artist_name"))],
         Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (0, 4, 1), visits(iso_time))),
-    "hm": Source(
-        "https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
+    "hm": Source("https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
         [Table(["articles.csv"], CSV, ("article_id", "detail_desc"), texts("detail_desc"))],
         Table(["transactions_train.csv"], COMMA, ("customer_id", "article_id", "t_dat"), visits(iso_time))),
-    "pog": Source(
-        "https://github.com/wenyuer/POG",
+    "pog": Source("https://github.com/wenyuer/POG",
         [Table(["pog_translated_titles.csv"], CSV, (0, 2), texts("title_en"), headless),
          Table(["item_data.txt"], TAB, (0, 3), texts("title"), first_commas(3))],
         Table(["user_data.txt"], COMMA, (0, 1, 2), lists(";"))),
     "electronics": amazon("Electronics"),
-    "steam": Source(
-        "https://github.com/YangLiangwei/SCGRec",
+    "steam": Source("https://github.com/YangLiangwei/SCGRec",
         [Table(["App_ID_Info.txt"], CSV, (0, 1), texts(of=once_encoded))],
         Table(["train_game.txt"], TAB, (0, 1), lists(","), first_commas(1))),
-    "hotelrec": Source(
-        "https://github.com/Diego999/HotelRec",
+    "hotelrec": Source("https://github.com/Diego999/HotelRec",
         [Table(["HotelRec.txt"], JSON, ("hotel_url", "hotel_url"), texts(of=hotel))],
         Table(["HotelRec.txt"], JSON, ("author", "hotel_url", "date", "rating"), ratings(iso_time))),
-    "yelp": Source(
-        "https://business.yelp.com/data/resources/open-dataset/",
+    "yelp": Source("https://business.yelp.com/data/resources/open-dataset/",
         [Table(["yelp_academic_dataset_business.json"], JSON, ("business_id", "name"), texts("name"))],
         Table(["yelp_academic_dataset_review.json"], JSON, ("user_id", "business_id", "date", "stars"),
               ratings(iso_time))),
@@ -270,20 +255,21 @@ SOURCES = {
 
 
 def find(name, raw):
-    """(items table, its paths, events table, its paths) of a dataset: in RAW/name/ or its train/, plain or .gz.
+    """The items and the events table of a dataset, files as paths: in RAW/name/ or its train/, plain or .gz.
 
     Raises UserError where a file is missing or empty.
     """
     source, folder = SOURCES[name], Path(raw, name)
-    paths = {file: next((path for path in (folder / file, folder / f"{file}.gz", folder / "train" / file,
-                                           folder / "train" / f"{file}.gz") if path.is_file()), None)
-             for table in (*source.items, source.events) for file in table.files}
-    items = next((table for table in source.items if all(paths[file] for file in table.files)), source.items[0])
-    for file in chain(items.files, source.events.files):
-        if not paths[file] or not paths[file].stat().st_size:
-            problem = "empty" if paths[file] else "missing"
-            raise UserError(f"{folder / file} (or .gz) is {problem}; get it from {source.home}")
-    return items, [paths[file] for file in items.files], source.events, [paths[file] for file in source.events.files]
+
+    def path_of(file):
+        places = (Path(folder, part, file + ending) for part in ("", "train") for ending in ("", ".gz"))
+        return next(filter(Path.is_file, places), None)
+    items = next((table for table in source.items if all(map(path_of, table.files))), source.items[0])
+    for file in (*items.files, *source.events.files):
+        path = path_of(file)
+        if not path or not path.stat().st_size:
+            raise UserError(f"{folder / file} (or .gz) is {'empty' if path else 'missing'}; get it from {source.home}")
+    return [table._replace(files=list(map(path_of, table.files))) for table in (items, source.events)]
 
 
 def lines(path, encoding):
@@ -312,15 +298,20 @@ def read(path, table, counts):
             if missing := set(fields) - set(header):
                 raise UserError(f"{path} has no column {min(missing)!r}; its first line is {','.join(header)[:80]!r}")
             fields = list(map(header.index, fields))
-    cells = functools.partial(choose, operator.itemgetter(*fields), table.form)
+    get = operator.itemgetter(*fields)
+
+    def columns_of(block):
+        if table.form is JSON:
+            return table.columns(*zip(*map(get, map(json.loads, block))))
+        return table.columns(*get(tuple(zip(*block))))  # faster than get(row); IndexError where a row is too short
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed_line": None}
     try:
         while block := list(islice(rows, 500)):  # few enough to stay in the processor's cache
-            columns, bad, blank = parse(block, cells, table.columns)
+            columns, good, bad = parse(block, columns_of)
             if bad:
                 count["first_malformed_line"] = count["first_malformed_line"] or number + bad[0] + 1
                 count["malformed"] += len(bad)
-            count["rows"] += len(block) - blank
+            count["rows"] += good + len(bad)
             number += len(block)
             if columns:
                 yield columns
@@ -333,32 +324,26 @@ def read(path, table, counts):
                         f"{count['first_malformed_line']}; is it the file that --list names?")
 
 
-def choose(get, form, rows):
-    """Columns of the wanted fields of some rows."""
-    if form is JSON:
-        return zip(*map(get, map(json.loads, rows)))
-    return get(tuple(zip(*rows)))  # faster than to choose from each row; IndexError where the shortest is too short
-
-
-def parse(block, cells, columns):
-    """(columns of the well-formed rows of a block or None, positions of the malformed rows, number of blank lines)."""
+def parse(block, columns_of):
+    """(columns of the well-formed rows of a block or None, number of these, positions of the malformed rows)."""
     try:
-        return columns(*cells(block)), [], 0
+        return columns_of(block), len(block), []
     except MALFORMED:  # rare: find out which rows
-        good, bad, blank = [], [], 0
+        good, bad = [], []
         for position, row in enumerate(block):
             try:
-                columns(*cells([row]))
+                columns_of([row])
                 good.append(row)
             except MALFORMED:
-                bad, blank = (bad + [position], blank) if "".join(row).strip() else (bad, blank + 1)
-        return columns(*cells(good)) if good else None, bad, blank
+                if "".join(row).strip():
+                    bad.append(position)
+        return columns_of(good) if good else None, len(good), bad
 
 
-def read_items(table, paths, counts, dropped):
+def read_items(table, counts, dropped):
     """{item id: text} of the items that have a text, by id. Of several texts of one id the first in the alphabet."""
     items = {}
-    for item, text in chain.from_iterable(zip(*columns) for path in paths for columns in read(path, table, counts)):
+    for item, text in chain.from_iterable(zip(*columns) for path in table.files for columns in read(path, table, counts)):
         if not item or not text:
             dropped["items without id" if not item else "items without text"] += 1
         elif item not in items or text < items[item]:
@@ -375,7 +360,7 @@ def lookup(number_of, bits=21):
     Four times as fast as map(dict.get): the processor waits for memory once for many strings, not thrice for each.
     hash() only finds the place; that two of some million strings share all 64 bits has odds of one in a million.
     """
-    hashes, numbers = np.full(1 << bits, -1, np.int64), np.zeros(1 << bits, np.int32)  # no string hashes to -1
+    hashes, numbers = np.full(1 << bits, -1, np.int64), np.zeros(1 << bits, np.int64)  # no string hashes to -1
 
     def look_up(strings):
         keys = int64(map(hash, strings), count=len(strings))
@@ -391,122 +376,116 @@ def lookup(number_of, bits=21):
     return look_up
 
 
-def sample_users(blocks, items, hash_of, max_rows, dropped):
+def sample_users(blocks, numbers, hash_of, max_rows, dropped):
     """Keep all events of the users whose hash is below a threshold, which is halved when they exceed max_rows.
 
-    blocks: an iterable of (users, items, times, labels). items: ids, numbered in their order. hash_of: user -> 64 bits.
-    Returns ({user: hash}; user (its position in that dict), item, time and label of the events in the order of the
-    files; {user: (time, earliest history)} of impressions; the share of the users that the threshold leaves).
+    blocks: an iterable of (users, items, times, labels). numbers: item -> number. hash_of: user -> 64 bits.
+    Returns ({hash: user}; hash of the user, item, time and label of the events in the order of the files; {hash: (time,
+    earliest history)} of impressions; the share of the users that the threshold leaves). A hash is cut to 62 bits.
     """
-    users, columns, histories = {}, [array("i"), array("i"), array("q"), array("b")], {}
-    threshold, held, seen = 1 << 64, 0, 0
-    places, numbers = {}, {item: number for number, item in enumerate(items)}
+    names, columns, histories = {}, [array("q"), array("i"), array("q"), array("b")], {}
+    threshold = nobody = 1 << 62
+    held = seen = 0  # items in histories; rows
 
-    def user_number(user):
-        if user not in places and user and (hashed := hash_of(user)) < threshold:
-            users[user], places[user] = hashed, len(users)
-        return places.get(user, -1 if user else -2)
+    def user_hash(user):
+        hashed = hash_of(user) >> 2 if user else nobody
+        if hashed < threshold:
+            names[hashed] = user
+        return hashed
 
-    find_users, find_items = lookup(user_number), lookup(lambda item: numbers.get(item, -1))
-    for names, ids, times, labels in blocks:
-        user, item = find_users(names), find_items(ids)
-        times = np.arange(seen, seen + len(names)) if times is None else times
-        seen += len(names)
+    find_users, find_items = lookup(user_hash), lookup(lambda item: numbers.get(item, -1))
+    for users, items, times, labels in blocks:
+        user, item = find_users(users), find_items(items)
+        times = np.arange(seen, seen + len(users)) if times is None else times
+        seen += len(users)
         past = labels == HISTORY
-        kept = (user >= 0) & (item >= 0) & ~past
+        kept = (user < threshold) & (item >= 0) & ~past
         if not kept.all():
-            dropped["events without user"] += int(np.sum(user == -2))
+            dropped["events without user"] += int(np.sum(user == nobody))
             dropped["events whose item has no text"] += int(np.sum((item < 0) & ~past))
         for column, values in zip(columns, (user, item, times, labels)):
             column.frombytes(values[kept].astype(column.typecode, copy=False).tobytes())
-        for k in np.flatnonzero(past & (user >= 0)).tolist():
-            if names[k] not in histories or (times[k], ids[k]) < histories[names[k]]:
-                histories[names[k]] = int(times[k]), ids[k]
-                held += ids[k].count(" ") + 1
-        while len(columns[0]) + held + 4 * len(users) > max_rows:  # the name of a user weighs as much as four rows
+        for k in np.flatnonzero(past & (user < threshold)).tolist():
+            history = int(times[k]), items[k]
+            if user[k] not in histories or history < histories[user[k]]:
+                histories[int(user[k])] = history
+                held += items[k].count(" ") + 1
+        while len(columns[0]) + held + 4 * len(names) > max_rows:  # the name of a user weighs as much as four rows
             threshold >>= 1
-            stays = np.fromiter(users.values(), np.uint64) < threshold
-            rows, renumbered = stays[np.asarray(columns[0])], np.cumsum(stays) - 1
+            rows = np.asarray(columns[0]) < threshold
             columns = [array(column.typecode, np.asarray(column)[rows].tobytes()) for column in columns]
-            columns[0] = array("i", renumbered[np.asarray(columns[0])].astype("i").tobytes())
-            users = dict(compress(users.items(), stays))
-            places, find_users = {name: number for number, name in enumerate(users)}, lookup(user_number)
-            histories = {name: history for name, history in histories.items() if name in users}
+            names, histories = ({hashed: value for hashed, value in table.items() if hashed < threshold}
+                                for table in (names, histories))
             held = sum(text.count(" ") + 1 for _, text in histories.values())
-    return users, list(map(np.asarray, columns)), histories, threshold / (1 << 64)
+    return names, list(map(np.asarray, columns)), histories, threshold / nobody
 
 
-def in_hash_order(users, columns, histories):
+def in_hash_order(names, columns, histories):
     """Yield (user, [(item number, time, label)] in the order of the files, history) of the users, lowest hash first."""
-    rank = np.empty(len(users), np.int32)
-    rank[np.argsort(np.fromiter(users.values(), np.uint64))] = np.arange(len(users))
-    names, ranks, low, high = list(users), rank[columns[0]], 0, 4096
-    while low < len(users):  # the first users are usually enough: their rows are sorted by user first
-        rows = np.flatnonzero((low <= ranks) & (ranks < high))
-        rows = rows[np.argsort(ranks[rows], kind="stable")]
-        for group in np.split(rows, np.flatnonzero(np.diff(ranks[rows])) + 1) if len(rows) else ():
-            user = names[columns[0][group[0]]]
-            events = zip(*(column[group].tolist() for column in columns[1:]))
-            yield user, list(events), histories.get(user, (0, ""))[1].split()
-        low, high = high, 4 * high
+    hashes, order = columns[0], sorted(names)
+    for low in range(0, len(order), 5000):  # the first users are usually enough, so sort no others
+        some = order[low:low + 5000]
+        rows = np.flatnonzero((some[0] <= hashes) & (hashes <= some[-1]))
+        rows = rows[np.argsort(hashes[rows], kind="stable")]
+        events = zip(*(column[rows].tolist() for column in columns))
+        for hashed, group in groupby(events, operator.itemgetter(0)):
+            yield names[hashed], [event[1:] for event in group], histories.get(hashed, (0, ""))[1].split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
 
 
-def user_line(user, events, past, items, numbers, plan, dropped):
+def user_line(user, events, past, texts, items, plan, dropped):
     """A user's line {"user", "history", "candidates", "labels"} of the standard format, or None (the reason counted).
 
-    events: [(item number, time, label)]; past: item ids of an impression's history; items: number -> id, numbers: the
-    inverse; plan: see prepare. ratings: liked items in time order are the history, the last held out as positives; the
+    events: [(item number, time, label)]; past: item ids of an impression's history; texts: {item id: text}; items: its
+    keys; plan: see prepare. ratings: liked items in time order are the history, the last held out as positives; the
     user's own dislikes are the negatives. sequences: the same, with negatives drawn from the items never touched.
     impressions: what was clicked and what was not, without what stands in the past. Caps take the lowest hashes.
     """
     lot = functools.partial(common.digest, plan["seed"], plan["dataset"], user)
     last = {}
-    for item, time, label in events:  # one event an item: the latest; of several at one time the highest label
-        if item not in last or (time, label) > last[item]:
-            last[item] = time, label
-    dropped["repeated events"] += len(events) - len(last)
+    for number, *event in events:  # one event an item: the latest; of several at one time the highest label
+        last[items[number]] = max(event, last.get(items[number], event))
     choice = {item: label for item, (_, label) in last.items() if label != NEUTRAL}
+    dropped["repeated events"] += len(events) - len(last)
     dropped["neutral ratings"] += len(last) - len(choice)
     if plan["kind"] == "impressions":
-        dropped["items of histories without text"] += sum(item not in numbers for item in past)
-        history = list(dict.fromkeys(numbers[item] for item in reversed(past) if item in numbers))[::-1]
-        dropped["candidates that stand in the history"] += len(choice.keys() & set(history))
-        choice = {item: choice[item] for item in choice.keys() - set(history)}
-        positives = lowest([item for item in choice if choice[item]], plan["positives"], items, lot)
+        known = [item for item in past if item in texts]
+        history = list(dict.fromkeys(reversed(known)))[::-1]
+        dropped["items of histories without text"] += len(past) - len(known)
+        dropped["candidates that stand in the history"] += len(choice.keys() & known)
+        choice = {item: choice[item] for item in choice.keys() - known}
+        positives = lowest((item for item in choice if choice[item]), plan["positives"], lot)
     else:
-        shared = Counter(time for time, _ in last.values())  # items of one time are ordered by their hashes
-        liked = sorted((item for item in choice if choice[item]), key=lambda item: (
-            last[item][0], lot(items[item]) if shared[last[item][0]] > 1 else 0))
+        liked = sorted((item for item in choice if choice[item]), key=lambda item: (last[item][0], lot(item)))
         history, positives = liked[:-plan["positives"]], liked[-plan["positives"]:]
     if plan["drawn"]:
         negatives = draw({*last, *history}, plan["negatives"], items, lot)
     else:
-        negatives = lowest([item for item in choice if not choice[item]], plan["negatives"], items, lot)
+        negatives = lowest((item for item in choice if not choice[item]), plan["negatives"], lot)
     for reason, found in (("history", history), ("positives", positives), ("negatives", negatives)):
         if not found:
             dropped[f"users without {reason}"] += 1
             return None
     labels = {**dict.fromkeys(positives, 1), **dict.fromkeys(negatives, 0)}
-    shown = sorted(labels, key=lambda item: lot(items[item], "place"))  # a hash of its own: places must not tell labels
-    return {"user": user, "history": [items[item] for item in history[-plan["max_history"]:]],
-            "candidates": [items[item] for item in shown], "labels": [labels[item] for item in shown]}
+    shown = sorted(labels, key=lambda item: lot(item, "place"))  # a hash of its own: places must not tell labels
+    return {"user": user, "history": history[-plan["max_history"]:], "candidates": shown,
+            "labels": [labels[item] for item in shown]}
 
 
-def lowest(choice, count, items, lot):
+def lowest(choice, count, lot):
     """The items with the lowest hashes, at most count of them."""
-    return sorted(choice, key=lambda item: lot(items[item]))[:count]
+    return sorted(choice, key=lot)[:count]
 
 
 def draw(touched, count, items, lot):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
     if len(items) < 2 * (len(touched) + count):  # few are left: hash them all
-        return lowest([item for item in range(len(items)) if item not in touched], count, items, lot)
+        return lowest((item for item in items if item not in touched), count, lot)
     drawn, turn = {}, 0
     while len(drawn) < count:
-        item, turn = lot("negative", turn) % len(items), turn + 1
+        item, turn = items[lot("negative", turn) % len(items)], turn + 1
         if item not in touched:
             drawn[item] = True
     return list(drawn)
@@ -517,27 +496,25 @@ def draw(touched, count, items, lot):
 
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
-    row, (items_table, items_paths, events_table, events_paths) = common.DATASETS[name], find(name, args.raw)
+    row, (items_table, events_table) = common.DATASETS[name], find(name, args.raw)
     plan = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
             "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
             "drawn": row.kind == "sequences" or bool(args.positives or args.negatives), "max_rows": args.max_rows,
             "test_size": (20_000 if row.test else 0) if args.test_size is None else args.test_size,
             "train_size": (100_000 if row.finetune else 0) if args.train_size is None else args.train_size}
-    files = {path.name: path.stat().st_size for path in (*items_paths, *events_paths)}
+    files = {path.name: path.stat().st_size for path in (*items_table.files, *events_table.files)}
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
     counts, dropped = {"items": {}, "events": {}}, Counter()
     csv.field_size_limit(1 << 27)  # a user's list of items may be long
     gc.disable()  # millions of short-lived tuples and no cycles: looking for garbage takes a third of the time
-    try:
-        texts = read_items(items_table, items_paths, counts["items"], dropped)
-        blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_paths)
-        hash_of = functools.partial(common.digest, args.seed, name)
-        *sample, share = sample_users(blocks, texts, hash_of, args.max_rows, dropped)
-    finally:
-        gc.enable()
+    texts = read_items(items_table, counts["items"], dropped)
     items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
-    users = filter(None, (user_line(*user, items, numbers, plan, dropped) for user in in_hash_order(*sample)))
+    blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_table.files)
+    hash_of = functools.partial(common.digest, args.seed, name)
+    *sample, share = sample_users(blocks, numbers, hash_of, args.max_rows, dropped)
+    gc.enable()
+    users = filter(None, (user_line(*user, texts, items, plan, dropped) for user in in_hash_order(*sample)))
     test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
     valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
     short = {}
