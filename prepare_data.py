@@ -16,6 +16,7 @@ exceed --max-rows the threshold is halved. Users are then taken in the order of 
 valid and train: a uniform sample of users with complete histories, whatever the order of the rows. Every random choice
 is a hash of (seed, dataset, user, item): the same on every machine and for every --max-rows.
 """
+import contextlib
 import csv
 import functools
 import gc
@@ -343,7 +344,8 @@ def parse(block, columns_of):
 def read_items(table, counts, dropped):
     """{item id: text} of the items that have a text, by id. Of several texts of one id the first in the alphabet."""
     items = {}
-    for item, text in chain.from_iterable(zip(*columns) for path in table.files for columns in read(path, table, counts)):
+    blocks = chain.from_iterable(read(path, table, counts) for path in table.files)
+    for item, text in chain.from_iterable(zip(*columns) for columns in blocks):
         if not item or not text:
             dropped["items without id" if not item else "items without text"] += 1
         elif item not in items or text < items[item]:
@@ -559,37 +561,42 @@ def unchanged(out, name, plan, files, overwrite):
     return False
 
 
-def write_dataset(out, name, items, splits, meta):
-    """Write a dataset's folder in the standard format, under a temporary name that is renamed at the end.
-
-    items: {id: text}, of which those are written that the splits use. splits: {"train", "valid", "test": list of
-    {"user", "history", "candidates", "labels"}}; empty ones are left out. meta: what else meta.json says; its "plan"
-    and "raw" (file sizes) are what unchanged compares.
-    """
-    folder, new, old = Path(out, name), Path(out, f".{name}.new"), Path(out, f".{name}.old")
+@contextlib.contextmanager
+def replacing(folder):
+    """A new folder to write into, which takes the place of the old one at the end: stopped half way, nothing is lost."""
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    splits = {split: users for split, users in splits.items() if users}
-    written, sha256 = items_of(chain(*splits.values())), hashlib.sha256()
-    for table, rows in {"items": [{"id": item, "text": items[item]} for item in written], **splits}.items():
-        with open(new / f"{table}.jsonl", "wb") as file:
-            for row in rows:  # half surrogate pairs in ids become JSON escapes again
-                line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-                sha256.update(line)
-                file.write(line)
-    row = common.dataset(name)
-    meta = {"format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind,
-            "seed": meta["plan"]["seed"], **meta, "items": len(written), "sha256": sha256.hexdigest(), "splits": {
-                split: {"users": len(users), "items": len(items_of(users)), "samples": samples(users),
-                        "positives": sum(sum(user["labels"]) for user in users)} for split, users in splits.items()}}
-    common.write_json(new / "meta.json", meta)
+    yield new
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
-    for split, row in meta["splits"].items():
-        print(f"{folder}/{split}.jsonl: " + ", ".join(f"{count} {what}" for what, count in row.items()))
+
+
+def write_dataset(out, name, texts, splits, meta):
+    """Write a dataset's folder in the standard format.
+
+    texts: {item id: text}, of which those are written that the splits use. splits: {"train", "valid", "test": users'
+    lines}; empty ones are left out. meta: what else meta.json says; unchanged compares its "plan" and "raw".
+    """
+    splits = {split: users for split, users in splits.items() if users}
+    items, sha256, row = items_of(chain(*splits.values())), hashlib.sha256(), common.dataset(name)
+    with replacing(Path(out, name)) as folder:
+        for table, rows in {"items": [{"id": item, "text": texts[item]} for item in items], **splits}.items():
+            with open(folder / f"{table}.jsonl", "wb") as file:
+                for line in rows:  # half surrogate pairs in ids become JSON escapes again
+                    line = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+                    sha256.update(line)
+                    file.write(line)
+        counts = {split: {"users": len(users), "items": len(items_of(users)), "samples": samples(users),
+                          "positives": sum(sum(user["labels"]) for user in users)} for split, users in splits.items()}
+        common.write_json(folder / "meta.json", {
+            "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind,
+            "seed": meta["plan"]["seed"], **meta, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts})
+    for split, count in counts.items():
+        print(f"{Path(out, name, split)}.jsonl: " + ", ".join(f"{value} {what}" for what, value in count.items()))
 
 
 # --------------------------------------------------------------------------------------------- the authors' own samples
@@ -622,16 +629,17 @@ def from_recbench(name, folder, args):
     plan = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True}
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
-    lines = {"test": {}, "finetune": {}}
+    lines = {"test": {}, "finetune": {}}  # user: line
     for part in parts:
         for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
             line = lines[part].setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
             line["candidates"].append(str(what))
             line["labels"].append(int(liked))
     for who, past in parquet_rows(folder / "users.parquet", user, history):
-        for line in filter(None, (lines[part].get(str(who)) for part in parts)):
-            line["history"] = [str(one) for one in past or []][-args.max_history:]
-    for line in chain(*(lines[part].values() for part in parts)):
+        for users in lines.values():
+            if str(who) in users:
+                users[str(who)]["history"] = [str(one) for one in past or []][-args.max_history:]
+    for line in chain(*(users.values() for users in lines.values())):
         if line["history"] is None:
             raise UserError(f"{folder}: user {line['user']} has samples, but is not in users.parquet")
     tuned = lines["finetune"]
@@ -640,11 +648,11 @@ def from_recbench(name, folder, args):
         valid = set((folder / "valid_user_set_0.1.txt").read_text(encoding="utf-8").splitlines())
     splits = {"train": [tuned[who] for who in tuned if who not in valid],
               "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines["test"].values())}
-    items = dict.fromkeys(items_of(chain(*splits.values())), "")
+    texts = dict.fromkeys(items_of(chain(*splits.values())), "")
     for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
-        if str(one) in items:
-            items[str(one)] = described(attributes, values)
-    write_dataset(args.out, name, items, splits, {"plan": plan, "raw": files})
+        if str(one) in texts:
+            texts[str(one)] = described(attributes, values)
+    write_dataset(args.out, name, texts, splits, {"plan": plan, "raw": files})
 
 
 def parquet_rows(path, *columns):
@@ -701,17 +709,35 @@ def make_demo(out, seed, overwrite):
     plan = {"dataset": "demo", "seed": seed, "users": DEMO_USERS}
     for name in common.DEMO:
         if not unchanged(out, name, plan, {}, overwrite):
-            items = demo_items(name, seed)
-            users = (demo_user(name, f"{name}-{number}", items, seed) for number in range(sum(DEMO_USERS.values())))
-            splits = {split: list(islice(users, count)) for split, count in DEMO_USERS.items()}
-            write_dataset(out, name, {item: title for item, (title, _) in items.items()}, splits, {"plan": plan, "raw": {}})
-    folder, new = Path(out, "demo-model"), Path(out, ".demo-model.new")
-    if overwrite or not folder.exists():
-        shutil.rmtree(new, ignore_errors=True)
-        train_demo_model(new, seed)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(new, folder)
-    print(f"{folder} is the model to start from")
+            write_dataset(out, name, *demo_dataset(name, seed), {"plan": plan, "raw": {}})
+    if overwrite or not Path(out, "demo-model").exists():
+        with replacing(Path(out, "demo-model")) as folder:
+            train_demo_model(folder, seed)
+    print(f"{Path(out, 'demo-model')} is the model to start from")
+
+
+def demo_dataset(name, seed):
+    """Texts of 40 items a theme; splits of users, each 6 to 10 items of history and 4 + 4 candidates."""
+    themes, texts, users = DEMO_THEMES[name].split(), {}, []
+    for theme in themes:
+        lot = random.Random(common.digest(seed, name, theme))
+        for number in range(40):
+            texts[f"{theme}-{number}"] = title_of(lot, lot.choice(TITLES[common.DEMO[name].domain]), theme)
+    for user in (f"{name}-{number}" for number in range(sum(DEMO_USERS.values()))):
+        lot = random.Random(common.digest(seed, name, user))
+        liked = lot.sample(themes, 2)
+        own = [item for item in texts if item.split("-")[0] in liked]
+        other = [item for item in texts if item.split("-")[0] not in liked]
+        lot.shuffle(own)
+        lot.shuffle(other)
+        history = [(own if lot.random() < 0.9 else other).pop() for _ in range(lot.randint(6, 10))]
+        labels = {**dict.fromkeys(own[:4], int(name != "shop")), **dict.fromkeys(other[:4], int(name == "shop"))}
+        shown = list(labels)
+        lot.shuffle(shown)
+        users.append({"user": user, "history": history, "candidates": shown,
+                      "labels": [labels[item] for item in shown]})
+    users = iter(users)
+    return texts, {split: list(islice(users, count)) for split, count in DEMO_USERS.items()}
 
 
 def title_of(lot, pattern, theme):
@@ -719,40 +745,20 @@ def title_of(lot, pattern, theme):
     return pattern.format(*lot.sample(THEMES[theme].split(), 3))
 
 
-def demo_items(name, seed):
-    """{id: (title, theme)}: 40 titles a theme."""
-    items = {}
-    for theme in DEMO_THEMES[name].split():
-        lot = random.Random(common.digest(seed, name, theme))
-        for number in range(40):
-            items[f"{theme}-{number}"] = title_of(lot, lot.choice(TITLES[common.DEMO[name].domain]), theme), theme
-    return items
-
-
-def demo_user(name, user, items, seed):
-    """A user's line: 6 to 10 items of history, 4 + 4 candidates."""
-    lot = random.Random(common.digest(seed, name, user))
-    liked = set(lot.sample(DEMO_THEMES[name].split(), 2))
-    own, other = ([item for item, (_, theme) in items.items() if (theme in liked) == side] for side in (True, False))
-    lot.shuffle(own)
-    lot.shuffle(other)
-    history = [(own if lot.random() < 0.9 else other).pop() for _ in range(lot.randint(6, 10))]
-    candidates = [(item, int(name != "shop")) for item in own[:4]] + [(item, int(name == "shop")) for item in other[:4]]
-    lot.shuffle(candidates)
-    shown, labels = zip(*candidates)
-    return {"user": user, "history": history, "candidates": list(shown), "labels": list(labels)}
-
-
 def train_demo_model(folder, seed, steps=500, batch=32, length=64):
     """A foundation model in miniature: a small Llama, one token a word, trained to predict the next word of documents."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    lot = random.Random(common.digest(seed, "documents"))
-    documents = [demo_document(lot) for _ in range(4000)]
+    lot, patterns, documents = random.Random(common.digest(seed, "documents")), list(chain(*TITLES.values())), []
+    for _ in range(4000):  # 6 to 14 sentences about one to three themes
+        themes = lot.sample(list(THEMES), lot.randint(1, 3))
+        documents.append(" ".join(title_of(lot, lot.choice(patterns), lot.choice(themes)) + " ."
+                                  for _ in range(lot.randint(6, 14))))
     prompt = " ".join(map(str, chain(common.PROMPT.values(), common.PROMPT["answers"], range(1, 21)))).lower()
     words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(documents) + prompt)))
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<pad>", "<s>", "<unk>", *words])}, "<unk>"))
+    numbers = {word: number for number, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, "<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
                                                      unk_token="<unk>")
@@ -774,12 +780,6 @@ def train_demo_model(folder, seed, steps=500, batch=32, length=64):
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def demo_document(lot):
-    """6 to 14 sentences about one to three themes."""
-    themes, patterns = lot.sample(list(THEMES), lot.randint(1, 3)), list(chain(*TITLES.values()))
-    return " ".join(title_of(lot, lot.choice(patterns), lot.choice(themes)) + " ." for _ in range(lot.randint(6, 14)))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
