@@ -51,15 +51,6 @@ MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, Recursi
 # -------------------------------------------------------------------------------------------------- what a field says
 
 
-def strings(ids):
-    """A column of ids as strings; "" for null."""
-    try:
-        "".join(ids)  # nearly always they are strings, and this is the fast way to see it
-        return ids
-    except TypeError:
-        return ["" if value is None else str(value) for value in ids]
-
-
 def clean(text):
     """White space collapsed, "" for null, half surrogate pairs (from JSON escapes) replaced."""
     return " ".join("" if text is None else str(text).encode("utf-8", "replace").decode().split())
@@ -126,13 +117,12 @@ def goodreads_time(text):
 
 
 def texts(*names, of=None):
-    return lambda ids, *columns: (strings(ids), list(map(of, columns[0])) if of else
+    return lambda ids, *columns: (ids, list(map(of, columns[0])) if of else
                                   [described(names, values) for values in zip(*columns)])
 
 
 def ratings(time, label=liking):
-    return lambda users, items, times, stars: (strings(users), strings(items), int64(map(time, times)),
-                                               int8(map(label, stars)))
+    return lambda users, items, times, stars: (users, items, int64(map(time, times)), int8(map(label, stars)))
 
 
 def visits(time):
@@ -215,7 +205,7 @@ SOURCES = {
     "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
         [Table(["goodreads_book_works.json"], JSON, ("best_book_id", "original_title"), texts("title"))],
         Table(["goodreads_interactions_dedup.json"], JSON, ("user_id", "book_id", "date_added", "is_read"),
-              ratings(goodreads_time, {True: 1, False: 0}.__getitem__))),
+              ratings(goodreads_time, {"True": 1, "False": 0}.__getitem__))),
     "books": amazon("Books"),
     "movielens": Source("https://grouplens.org/datasets/movielens/",
         [Table(["movies.csv"], CSV, ("movieId", "title"), texts("title"))],
@@ -302,8 +292,9 @@ def read(path, table, counts):
     get = operator.itemgetter(*fields)
 
     def columns_of(block):
-        if table.form is JSON:
-            return table.columns(*zip(*map(get, map(json.loads, block))))
+        if table.form is JSON:  # all fields become strings, as in csv; "" for null
+            columns = zip(*map(get, map(json.loads, block)))
+            return table.columns(*(["" if value is None else str(value) for value in column] for column in columns))
         return table.columns(*get(tuple(zip(*block))))  # faster than get(row); IndexError where a row is too short
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed_line": None}
     try:
@@ -386,8 +377,7 @@ def sample_users(blocks, numbers, hash_of, max_rows, dropped):
     earliest history)} of impressions; the share of the users that the threshold leaves). A hash is cut to 62 bits.
     """
     names, columns, histories = {}, [array("q"), array("i"), array("q"), array("b")], {}
-    threshold = nobody = 1 << 62
-    held = seen = 0  # items in histories; rows
+    threshold, nobody, seen = 1 << 62, 1 << 62, 0
 
     def user_hash(user):
         hashed = hash_of(user) >> 2 if user else nobody
@@ -409,16 +399,13 @@ def sample_users(blocks, numbers, hash_of, max_rows, dropped):
             column.frombytes(values[kept].astype(column.typecode, copy=False).tobytes())
         for k in np.flatnonzero(past & (user < threshold)).tolist():
             history = int(times[k]), items[k]
-            if user[k] not in histories or history < histories[user[k]]:
-                histories[int(user[k])] = history
-                held += items[k].count(" ") + 1
-        while len(columns[0]) + held + 4 * len(names) > max_rows:  # the name of a user weighs as much as four rows
+            histories[int(user[k])] = min(history, histories.get(user[k], history))
+        while len(columns[0]) + 4 * len(names) + 20 * len(histories) > max_rows:  # their memory, in that of a row
             threshold >>= 1
             rows = np.asarray(columns[0]) < threshold
             columns = [array(column.typecode, np.asarray(column)[rows].tobytes()) for column in columns]
             names, histories = ({hashed: value for hashed, value in table.items() if hashed < threshold}
                                 for table in (names, histories))
-            held = sum(text.count(" ") + 1 for _, text in histories.values())
     return names, list(map(np.asarray, columns)), histories, threshold / nobody
 
 
@@ -519,12 +506,11 @@ def prepare(name, args):
     users = filter(None, (user_line(*user, texts, items, plan, dropped) for user in in_hash_order(*sample)))
     test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
     valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
-    short = {}
-    for size, found in (("test_size", samples(test)), ("train_size", samples(tuned))):
-        if found < plan[size]:
-            short[size] = found
-            print(f"WARNING: {name}: --{size.replace('_', '-')} asks for {plan[size]} samples, {found} were found"
-                  + f" among {share:.2%} of the users: raise --max-rows" * (share < 1), file=sys.stderr)
+    found = {"test_size": samples(test), "train_size": samples(tuned)}
+    short = {size: count for size, count in found.items() if count < plan[size]}
+    for size, count in short.items():
+        print(f"WARNING: {name}: --{size.replace('_', '-')} asks for {plan[size]} samples, {count} were found"
+              + f" among {share:.2%} of the users: raise --max-rows" * (share < 1), file=sys.stderr)
     if not test and not tuned:
         raise UserError(f"{name}: no samples; dropped were {json.dumps(dropped)}")
     write_dataset(args.out, name, texts, {"train": tuned[valid:], "valid": tuned[:valid], "test": test}, {
@@ -563,7 +549,7 @@ def unchanged(out, name, plan, files, overwrite):
 
 @contextlib.contextmanager
 def replacing(folder):
-    """A new folder to write into, which takes the place of the old one at the end: stopped half way, nothing is lost."""
+    """A new folder to write into, which takes the place of folder at the end: stopped half way, nothing is lost."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -622,17 +608,16 @@ def from_recbench(name, folder, args):
     """
     user, item, history, label, *attributes = RECBENCH[name].split()
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
-    parts = {"test", "finetune"} & {file.removesuffix(".parquet") for file in files}
-    if not parts or not {"items.parquet", "users.parquet"} <= files.keys():
+    lines = {part: {} for part in ("test", "finetune") if f"{part}.parquet" in files}  # of a user, by user
+    if not lines or not {"items.parquet", "users.parquet"} <= files.keys():
         raise UserError(f"{folder} lacks items.parquet, users.parquet, or test.parquet and finetune.parquet; "
                         "get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     plan = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True}
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
-    lines = {"test": {}, "finetune": {}}  # user: line
-    for part in parts:
+    for part, users in lines.items():
         for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
-            line = lines[part].setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
+            line = users.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
             line["candidates"].append(str(what))
             line["labels"].append(int(liked))
     for who, past in parquet_rows(folder / "users.parquet", user, history):
@@ -642,12 +627,12 @@ def from_recbench(name, folder, args):
     for line in chain(*(users.values() for users in lines.values())):
         if line["history"] is None:
             raise UserError(f"{folder}: user {line['user']} has samples, but is not in users.parquet")
-    tuned = lines["finetune"]
-    valid = set(sorted(tuned, key=functools.partial(common.digest, args.seed, name))[:max(1, len(tuned) // 10)])
+    tuned = lines.get("finetune", {})
+    valid = set(lowest(tuned, max(1, len(tuned) // 10), functools.partial(common.digest, args.seed, name)))
     if "valid_user_set_0.1.txt" in files:
         valid = set((folder / "valid_user_set_0.1.txt").read_text(encoding="utf-8").splitlines())
     splits = {"train": [tuned[who] for who in tuned if who not in valid],
-              "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines["test"].values())}
+              "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines.get("test", {}).values())}
     texts = dict.fromkeys(items_of(chain(*splits.values())), "")
     for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
         if str(one) in texts:
@@ -658,15 +643,13 @@ def from_recbench(name, folder, args):
 def parquet_rows(path, *columns):
     """Yield the rows of a parquet file as tuples, in file order. Raises UserError."""
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
-    try:
+        from pyarrow import ArrowException, parquet
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=list(columns)):
                 yield from zip(*(batch.column(column).to_pylist() for column in columns))
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
+    except ImportError:
+        raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
+    except (ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
 
 
@@ -746,7 +729,7 @@ def title_of(lot, pattern, theme):
 
 
 def train_demo_model(folder, seed, steps=500, batch=32, length=64):
-    """A foundation model in miniature: a small Llama, one token a word, trained to predict the next word of documents."""
+    """A foundation model in miniature: a small Llama, one token a word, trained to predict the next word."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -803,9 +786,10 @@ def arguments(argv):
     add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
     add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
     add("--out", default="data", help="folder to write <dataset>/ into (--data of the other scripts)")
-    add("--test-size", type=common.whole, metavar="SAMPLES", help="if not given: 20000 for the paper's test sets, else 0")
-    add("--train-size", type=common.whole, metavar="SAMPLES", help="of train and valid together; if not given: 100000 for "
-        "the paper's fine-tune sets, else 0")
+    add("--test-size", type=common.whole, metavar="SAMPLES",
+        help="if not given: 20000 for the paper's test sets, else 0")
+    add("--train-size", type=common.whole, metavar="SAMPLES",
+        help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
     add("--max-history", type=common.positive, default=20, help="items of a history that are written, the latest")
     add("--positives", type=common.positive, help="a user's; if given, negatives are drawn (if not: see --list)")
     add("--negatives", type=common.positive, help="a user's, drawn from items never touched (if not given: see --list)")
@@ -825,10 +809,9 @@ def main(argv=None):
     args = arguments(argv)
     if args.list:
         return list_datasets()
-    if not args.from_recbench:
-        for name in args.names:  # a missing file is said before any long work
-            if name != "demo":
-                find(name, args.raw)
+    for name in args.names:
+        if name != "demo" and not args.from_recbench:
+            find(name, args.raw)  # a missing file is said before any long work
     for name in args.names:
         if name == "demo":
             make_demo(args.out, args.seed, args.overwrite)
