@@ -6,8 +6,8 @@ every candidate, in one of two ways, and the scores of a user's candidates are c
     prompt   a text shows history and candidate and ends where the answer goes;  score = logit(yes) - logit(no)
     embed    one text for the user, one for the item;                            score = cosine of their embeddings
 
-In reading order: the benchmark, its settings, prompts, prompt scoring, embedding scoring, baselines, metrics, intervals,
-files and command lines. Sections and tables cited are the paper's.
+In reading order: the benchmark and its settings, prompts, prompt scoring, embedding scoring, models, baselines, metrics,
+intervals, files and command lines. Sections and tables cited are the paper's.
 """
 import argparse
 import functools
@@ -102,10 +102,10 @@ def training_sets(setting, target):
     sets = {"A": [], "B": [], "C": [target], "D": [n for n in same if n != target], "E": same,
             "G": [n for n in trainable if n != target], "H": trainable}[setting]
     if setting in "CEH" and target not in trainable:
-        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tuning set")
+        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tune set")
     if setting_of(sets, target, setting == "A") != setting:
         raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: its domain "
-                        f"({dataset(target).domain}) has {len(same)} fine-tuning dataset(s): {', '.join(same) or 'none'}")
+                        f"({dataset(target).domain}) has {len(same)} fine-tune set(s): {', '.join(same) or 'none'}")
     return sets
 
 
@@ -127,8 +127,8 @@ def check_names(names):
 PROMPT = {  # --prompt FILE.json replaces any of these
     "item": "{n}. {text}",
     "join": "\n",
-    "prompt": "A user liked these items, oldest first:\n{history}\n\nWould the user also like this item?\n{candidate}\n\n"
-              "Answer with Yes or No.\nAnswer:",
+    "prompt": "A user liked these items, oldest first:\n{history}\n\n"
+              "Would the user also like this item?\n{candidate}\n\nAnswer with Yes or No.\nAnswer:",
     "user": "A user liked these items, oldest first:\n{history}",
     "candidate": "{candidate}",
     "answers": [" Yes", " No"],
@@ -239,8 +239,8 @@ def chat(tokenizer, text):
 
 # ---------------------------------------------------------------------------------------------------- prompt scoring
 
-# A model ready to score. family: "causal", "masked" or "seq2seq"; packs: whether prompts are packed; encode: texts -> token
-# lists; prompt: see PROMPT; pooling: "last" or "mean"; limit: tokens of a prompt; max_tokens: tokens of a forward pass.
+# A model ready to score. family: "causal", "masked" or "seq2seq"; packs: whether prompts are packed; encode: texts ->
+# token lists; prompt: see PROMPT; pooling: "last" or "mean"; limit: tokens a prompt; max_tokens: tokens a forward pass.
 Scorer = namedtuple("Scorer", "name model tokenizer family packs encode prompt pooling limit max_tokens")
 # One row of a forward pass: token lists `rests` that each continue `prefix`, and `places`, where their results belong.
 Row = namedtuple("Row", "prefix rests places")
@@ -273,11 +273,15 @@ def row_length(row):
 
 
 def fill_batches(lengths, max_tokens):
-    """Indices in batches of like lengths, longest first, so that rows x longest <= max_tokens (one row at least)."""
-    batches = []
+    """Indices in batches, longest first, so that rows x longest <= max_tokens (one row at least).
+
+    A batch also ends where the lengths fall below a quarter of its longest, so that little is spent on padding.
+    """
+    batches, longest = [], 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+        if not batches or (len(batches[-1]) + 1) * longest > max_tokens or 4 * lengths[index] < longest:
             batches.append([])
+            longest = lengths[index]
         batches[-1].append(index)
     return batches
 
@@ -381,7 +385,7 @@ def encode_users(scorer, users, render):
 
 
 def score_prompts(scorer, users):
-    """Prompt-based scores of users [(history texts, candidate texts)]: float64 (all candidates in order,), and counts."""
+    """Prompt-based scores of users [(history texts, candidate texts)]: float64 (candidates of all users,); counts."""
     rows, counts = prompt_rows(scorer, users, scorer.max_tokens)
     scores = np.zeros(sum(len(candidates) for _, candidates in users))
     for batch in fill_batches([row_length(row) for row in rows], scorer.max_tokens):
@@ -534,15 +538,16 @@ def load_scorer(args):
         packs = refusal is None
         if refusal and family == "causal":
             say(f"{name}: prompts are scored without packing: {refusal}")
-    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"],
-                               args.chat_template and args.type == "prompt", args.type == "prompt" and family == "causal")
+    asked = args.type == "prompt"
+    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template and asked,
+                               asked and family == "causal")
     pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
     max_tokens = args.max_tokens or (1024 if model.device.type == "cpu" else 8192)
     return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, max_tokens)
 
 
 def load_pretrained(args):
-    """(name, model, tokenizer, family) of args.model, loaded with the class that args.type asks for. Raises UserError."""
+    """(name, model, tokenizer, family) of args.model, loaded with the class for args.type. Raises UserError."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -579,7 +584,7 @@ def placement(args):
 
 
 def load_adapter(scorer, folder, trainable=False):
-    """The scorer with a run's LoRA adapter on its model, in float32 at least. Raises UserError where it does not fit."""
+    """The scorer with a run's LoRA adapter (float32 at least) on its model. Raises UserError where it does not fit."""
     from peft import PeftModel
     try:
         return scorer._replace(model=PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval())
@@ -859,7 +864,8 @@ class UserError(Exception):
 
 def digest(*parts):
     """A 64-bit integer from the parts: blake2b, so the same on every machine, unlike hash()."""
-    return int.from_bytes(hashlib.blake2b("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def write_atomically(path, text):
@@ -891,8 +897,9 @@ def read_meta(data, name):
     dataset(name)
     path = Path(data, name, "meta.json")
     if not path.exists():
-        command = f"prepare_data.py demo --out {data}" if name in DEMO else f"prepare_data.py {name} --raw RAW --out {data}"
-        raise UserError(f"dataset {name} is not prepared ({path} is missing); run: python {command}")
+        what = "demo" if name in DEMO else f"{name} --raw RAW"
+        raise UserError(f"dataset {name} is not prepared ({path} is missing); "
+                        f"run: python prepare_data.py {what} --out {data}")
     meta = read_json(path)
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}; prepare it again")
@@ -902,7 +909,8 @@ def read_meta(data, name):
 def read_items(data, name):
     """Texts of a prepared dataset, cut to TEXT_LIMIT characters: {item id: text}, and how many were cut."""
     items = {row["id"]: row["text"] for row in read_lines(Path(data, name, "items.jsonl"))}
-    return {key: text[:TEXT_LIMIT] for key, text in items.items()}, sum(len(text) > TEXT_LIMIT for text in items.values())
+    cut = sum(len(text) > TEXT_LIMIT for text in items.values())
+    return {key: text[:TEXT_LIMIT] for key, text in items.items()}, cut
 
 
 def texts_of(user, items):
@@ -914,7 +922,8 @@ def read_users(data, name, split, limit=None):
     """Iterate over the users of a split in order: {"user", "history" (oldest first), "candidates", "labels"}."""
     path = Path(data, name, f"{split}.jsonl")
     if not path.exists():
-        raise UserError(f"dataset {name} has no {split} split ({path} is missing); prepare it with --test-size / --train-size")
+        raise UserError(f"dataset {name} has no {split} split ({path} is missing); "
+                        "prepare it with --test-size or --train-size")
     return islice(read_lines(path), limit)
 
 
@@ -942,7 +951,7 @@ def read_run(folder, model=None, kind=None):
     if not model:
         return run
     prints = run.get("arguments", {}).get("model_fingerprint"), fingerprint(model)
-    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may have moved
+    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may move
     if not same or run["type"] != kind:
         now = "" if same or run["model"] != model else ", whose files have changed"
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, "
@@ -951,7 +960,7 @@ def read_run(folder, model=None, kind=None):
 
 
 def fingerprint(folder):
-    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None where there are none."""
+    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None if there are none."""
     files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
     parts = []
     for path in files:
@@ -995,19 +1004,20 @@ def shared_arguments(parser):
     """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
     add = parser.add_argument_group("shared flags").add_argument
     add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
-    add("--type", choices=["prompt", "embed"], default="prompt", help="score by Yes/No logits or by cosine of embeddings")
+    add("--type", choices=["prompt", "embed"], default="prompt",
+        help="score by the Yes/No logits of a prompt or by the cosine of embeddings")
     add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
     add("--chat-template", action="store_true", help="wrap prompts by the tokenizer's chat template")
-    add("--pooling", choices=["auto", "last", "mean"], default="auto", help="embedding of a text: its last token (auto: "
-        "decoder-only models) or the mean over tokens (auto: others)")
+    add("--pooling", choices=["auto", "last", "mean"], default="auto",
+        help="embedding of a text: its last token (auto: decoder-only models) or the mean over tokens (auto: others)")
     add("--seed", type=whole, metavar="N", default=2025, help="seed of everything random")
     add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
         help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
     add("--max-length", type=positive, metavar="TOKENS", default=1024,
         help="of a prompt, at most; histories are cut to it, oldest items first")
-    add("--max-tokens", type=positive, metavar="TOKENS", help="of a forward pass; lower it if memory runs out (if not given: "
-        "8192, on a CPU 1024, where more would leave its cache)")
+    add("--max-tokens", type=positive, metavar="TOKENS", help="of a forward pass; lower it if memory runs out "
+        "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
 
@@ -1025,11 +1035,12 @@ def positive(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (UserError) and whose help is the script's docstring, the flags, their defaults."""
+    """argparse whose errors are one line (UserError) and whose help is the script's docstring, the flags, defaults."""
 
     class Help(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            return action.help + (" (default: %(default)s)" if action.default not in (None, False, argparse.SUPPRESS) else "")
+            silent = action.default in (None, False, argparse.SUPPRESS)
+            return action.help + ("" if silent else " (default: %(default)s)")
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)

@@ -123,7 +123,8 @@ def evaluate(args, name, job, setting, scorer):
             say(f"{name}: {counts[key]} {what}")
     result = summarize(args, name, part, is_logit=args.type == "prompt" and scorer is not None)
     result = {
-        "dataset": name, "split": args.split, "setting": setting, "type": args.type, "model": common.MODELS.get(args.model, args.model),
+        "dataset": name, "split": args.split, "setting": setting, "type": args.type,
+        "model": common.MODELS.get(args.model, args.model),
         "adapter": args.adapter, **result, "users_resumed": done, "truncated": {key: counts[key] for key in TRUNCATED},
         "seconds": seconds, "samples_per_s": counts["samples"] / seconds, "tokens_scored": counts["tokens_scored"],
         "tokens_unpacked": counts["tokens_unpacked"],
@@ -245,7 +246,8 @@ def table(results):
     rows = [["dataset", "setting", "users", "samples", *names, "samples/s"]]
     rows += [[r["dataset"], r["setting"], str(r["n_users"]), str(r["n_samples"]), *(cell(r, n) for n in names),
               f"{r['samples_per_s']:.0f}"] for r in results]
-    return common.markdown_table(rows) + "\n[95% intervals over the choice of users, not over the luck of a training run]"
+    note = "[95% intervals over the choice of users, not over the luck of a training run]"
+    return f"{common.markdown_table(rows)}\n{note}"
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ def markdown(matrix):
         ranks = [rra[k].get(row["source"]) for k in rra]
         tables[2].append([row["source"], *("" if rank is None else f"{rank:.3f}" for rank in ranks),
                           *(str(row["training"].get(key, "")) for key in ("steps", "samples"))])
-    return "\n\n".join([f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based", *map(common.markdown_table, tables),
+    title = f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"
+    return "\n\n".join([title, *map(common.markdown_table, tables),
                         "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
 
 
