@@ -32,7 +32,6 @@ import re
 import shutil
 import sys
 import zlib
-from array import array
 from collections import Counter, namedtuple
 from datetime import datetime, timezone
 from itertools import chain, groupby, islice, repeat
@@ -46,6 +45,7 @@ from common import UserError
 
 NEUTRAL, HISTORY = -1, 2  # labels beside 0 and 1: three stars; the history of an impression (its item: a list of ids)
 int8, int64 = (functools.partial(np.fromiter, dtype=dtype) for dtype in (np.int8, np.int64))
+EVENT = np.dtype([("user", "i8"), ("item", "i4"), ("time", "i8"), ("label", "i1")])  # the hash of a user
 MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError)
 
 # -------------------------------------------------------------------------------------------------- what a field says
@@ -373,10 +373,10 @@ def sample_users(blocks, numbers, hash_of, max_rows, dropped):
     """Keep all events of the users whose hash is below a threshold, which is halved when they exceed max_rows.
 
     blocks: an iterable of (users, items, times, labels). numbers: item -> number. hash_of: user -> 64 bits.
-    Returns ({hash: user}; hash of the user, item, time and label of the events in the order of the files; {hash: (time,
-    earliest history)} of impressions; the share of the users that the threshold leaves). A hash is cut to 62 bits.
+    Returns ({hash: user}, hashes cut to 62 bits; an array of EVENTs in the order of the files; {hash: (time, earliest
+    history)} of impressions; the share of the users that the threshold leaves).
     """
-    names, columns, histories = {}, [array("q"), array("i"), array("q"), array("b")], {}
+    names, events, histories = {}, bytearray(), {}
     threshold, nobody, seen = 1 << 62, 1 << 62, 0
 
     def user_hash(user):
@@ -395,29 +395,29 @@ def sample_users(blocks, numbers, hash_of, max_rows, dropped):
         if not kept.all():
             dropped["events without user"] += int(np.sum(user == nobody))
             dropped["events whose item has no text"] += int(np.sum((item < 0) & ~past))
-        for column, values in zip(columns, (user, item, times, labels)):
-            column.frombytes(values[kept].astype(column.typecode, copy=False).tobytes())
+        block = np.empty(len(users), EVENT)
+        block["user"], block["item"], block["time"], block["label"] = user, item, times, labels
+        events += block[kept].tobytes()
         for k in np.flatnonzero(past & (user < threshold)).tolist():
             history = int(times[k]), items[k]
             histories[int(user[k])] = min(history, histories.get(user[k], history))
-        while len(columns[0]) + 4 * len(names) + 20 * len(histories) > max_rows:  # their memory, in that of a row
+        while len(events) // EVENT.itemsize + 4 * len(names) + 20 * len(histories) > max_rows:  # by their memory
             threshold >>= 1
-            rows = np.asarray(columns[0]) < threshold
-            columns = [array(column.typecode, np.asarray(column)[rows].tobytes()) for column in columns]
+            held = np.frombuffer(events, EVENT)
+            events = bytearray(held[held["user"] < threshold].view(np.uint8))
             names, histories = ({hashed: value for hashed, value in table.items() if hashed < threshold}
                                 for table in (names, histories))
-    return names, list(map(np.asarray, columns)), histories, threshold / nobody
+    return names, np.frombuffer(events, EVENT), histories, threshold / nobody
 
 
-def in_hash_order(names, columns, histories):
+def in_hash_order(names, events, histories):
     """Yield (user, [(item number, time, label)] in the order of the files, history) of the users, lowest hash first."""
-    hashes, order = columns[0], sorted(names)
+    hashes, order = events["user"], sorted(names)
     for low in range(0, len(order), 5000):  # the first users are usually enough, so sort no others
         some = order[low:low + 5000]
         rows = np.flatnonzero((some[0] <= hashes) & (hashes <= some[-1]))
         rows = rows[np.argsort(hashes[rows], kind="stable")]
-        events = zip(*(column[rows].tolist() for column in columns))
-        for hashed, group in groupby(events, operator.itemgetter(0)):
+        for hashed, group in groupby(events[rows].tolist(), operator.itemgetter(0)):
             yield names[hashed], [event[1:] for event in group], histories.get(hashed, (0, ""))[1].split()
 
 
