@@ -566,7 +566,8 @@ def load_pretrained(args):
     except torch.OutOfMemoryError:
         raise UserError(f"model {name} does not fit into the memory of {device}") from None
     except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
-        raise UserError(f"model {name} cannot be loaded: {type(error).__name__}: {str(error)[:300]}") from None
+        where = "" if Path(name).is_dir() else "there is no such folder, and the hub gave none (offline, gated, misspelt?): "
+        raise UserError(f"model {name} cannot be loaded: {where}{type(error).__name__}: {str(error)[:200]}") from None
     missing = sorted(key for key in info["missing_keys"] if args.type == "prompt" or "pooler" not in key)
     if missing:  # the class has invented them
         what, mend = ("no LM head", ": use --type embed") if args.type == "prompt" else ("incomplete weights", "")
@@ -899,7 +900,7 @@ def read_meta(data, name):
     if not path.exists():
         what = "demo" if name in DEMO else f"{name} --raw RAW"
         raise UserError(f"dataset {name} is not prepared ({path} is missing); "
-                        f"run: python prepare_data.py {what} --out {data}")
+                        f"run: python prepare_data.py {what} --out {data} (or is --data wrong?)")
     meta = read_json(path)
     if meta.get("format") != FORMAT:
         raise UserError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}; prepare it again")
@@ -1042,8 +1043,8 @@ class Parser(argparse.ArgumentParser):
             silent = action.default in (None, False, argparse.SUPPRESS)
             return action.help + ("" if silent else " (default: %(default)s)")
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=self.Help, allow_abbrev=False)
+    def __init__(self, doc, script=None):
+        super().__init__(prog=script, description=doc, formatter_class=self.Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message} (see --help)")

@@ -27,7 +27,7 @@ CHUNK = 256  # users scored and written at a time: memory does not grow with the
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, "evaluate.py")
     parser.add_argument("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
                         f"or a baseline without a model: {', '.join(common.BASELINES)}")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")

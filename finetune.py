@@ -34,7 +34,7 @@ FILES = ("state.pt", "log.jsonl", "adapter_config.json", "adapter_model.safetens
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, "finetune.py")
     add = parser.add_argument
     add("--model", required=True, help=f"hub id, local folder or a short name: {', '.join(common.MODELS)}")
     add("--train", nargs="+", metavar="DATASET", help="datasets to train on, joined and shuffled")
@@ -58,6 +58,8 @@ def arguments(argv):
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
+    if args.model in common.BASELINES:
+        raise UserError(f"{args.model} is a baseline without a model: there is nothing to fine-tune")
     args.train = chosen_sets(args)
     args.valid = common.check_names(args.valid or args.train)
     if not 0 < args.lr < math.inf or not 0 <= args.lora_dropout < 1:

@@ -314,6 +314,9 @@ def read(path, table, counts):
     if count["malformed"] > count["rows"] / 100 or not count["rows"]:
         raise UserError(f"{path}: {count['malformed']} of {count['rows']} rows are malformed, the first on line "
                         f"{count['first_malformed_line']}; is it the file that --list names?")
+    if count["malformed"]:
+        common.say(f"{path}: {count['malformed']} of {count['rows']} rows are malformed and left out, the first on line "
+                   f"{count['first_malformed_line']}")
 
 
 def parse(block, columns_of):
@@ -779,7 +782,7 @@ def list_datasets():
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, "prepare_data.py")
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
     add("--list", action="store_true", help="print the datasets, their raw files and home pages")

@@ -31,7 +31,7 @@ SIGN = {"better": "▲", "worse": "▼", "": ""}
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, "transfer_matrix.py")
     add = parser.add_argument
     add("--model", help="hub id, local folder or a short name, as for finetune.py")
     add("--sources", nargs="+", metavar="SOURCE", help="datasets to train on, one row each; a+b: trained on both")
@@ -69,6 +69,10 @@ def main(argv=None):
     if args.dry_run:
         ordered = sorted(pieces.values(), key=lambda piece: piece[0] is evaluate)  # trainings first
         return sys.stdout.writelines(f"{line}\n" for _, _, line, _, there in ordered if not there)
+    for name in dict.fromkeys([*"+".join(args.sources).split("+"), *args.targets]):
+        common.read_meta(args.data, name)  # what is in the way is said before hours of training
+    for script, argv, *_ in pieces.values():
+        script.arguments(argv)
     done = {}
     for (source, target), this in pieces.items():
         # no cells without their training
