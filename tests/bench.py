@@ -48,7 +48,7 @@ def main(argv=None):
     add("--shape", type=str, choices=SHAPES, default="40m")
     add("--dtype", type=str, choices=["float32", "bfloat16", "float16"], default="float32")
     add("--device", type=str, default="cpu")
-    add("--users", default=12, help="users whose candidates are scored (12)")
+    add("--users", default=8, help="users whose candidates are scored (8)")
     add("--history", default=20, help="items in a history (20)")
     add("--candidates", default=9, help="candidates a user (9)")
     add("--sweep", nargs="*", default=[2, 5, 10, 20, 50, 100], help="candidates a user in the case candidates")
@@ -60,7 +60,7 @@ def main(argv=None):
     heads = dict.fromkeys(("batched", "packed"), scorer.model.get_output_embeddings())
     score_case(args, scorer, users, {"one_at_a_time": every_logit, **heads}, case="score")
     for n in args.sweep:
-        few = make_users(rng, math.ceil(30 / n), args.history, n)
+        few = make_users(rng, math.ceil(20 / n), args.history, n)
         score_case(args, scorer, few, heads, case="candidates", candidates=n)
     embed_case(args, scorer._replace(model=scorer.model.get_decoder()), users, every_logit)
     train_case(args, scorer, users, {"one_at_a_time": every_logit, "authors": every_logit, **heads})
