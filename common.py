@@ -124,11 +124,11 @@ def check_names(names):
 
 # ---------------------------------------------------------------------------------------------------------- prompts
 
-PROMPT = {  # --prompt FILE.json replaces any of these
+PROMPT = {  # --prompt FILE.json replaces any of these; the candidate comes late, since packing shares what precedes it
     "item": "{n}. {text}",
     "join": "\n",
     "prompt": "A user liked these items, oldest first:\n{history}\n\n"
-              "Would the user also like this item?\n{candidate}\n\nAnswer with Yes or No.\nAnswer:",
+              "Would the user also like this item? Answer with Yes or No.\n{candidate}\nAnswer:",
     "user": "A user liked these items, oldest first:\n{history}",
     "candidate": "{candidate}",
     "answers": [" Yes", " No"],
@@ -275,11 +275,11 @@ def row_length(row):
 def fill_batches(lengths, max_tokens):
     """Indices in batches, longest first, so that rows x longest <= max_tokens (one row at least).
 
-    A batch also ends where the lengths fall below a quarter of its longest, so that little is spent on padding.
+    A batch also ends where the lengths fall below two thirds of its longest, so that little is spent on padding.
     """
     batches, longest = [], 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > max_tokens or 4 * lengths[index] < longest:
+        if not batches or (len(batches[-1]) + 1) * longest > max_tokens or 3 * lengths[index] < 2 * longest:
             batches.append([])
             longest = lengths[index]
         batches[-1].append(index)
