@@ -332,9 +332,8 @@ def answer_gaps(scorer, rows):
     segment = torch.tensor(segment, device=device)
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segment >= 0).long()}
     if scorer.packs:
-        mask = packed_mask(segment)
-        if model.config._attn_implementation != "sdpa":  # eager attention adds the mask
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        mask = packed_mask(segment)  # as numbers to add, which every attention takes
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
         inputs.update(attention_mask=mask, position_ids=torch.tensor(position, device=device))
     if scorer.family == "seq2seq":
         inputs["decoder_input_ids"] = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
