@@ -140,8 +140,9 @@ TEXT_LIMIT = 512  # characters of an item text that a prompt may hold
 def load_prompt(path=None):
     """PROMPT, its entries replaced by those of the JSON file at path. Raises UserError on a wrong key or value."""
     own = read_json(path) if path else {}
-    if not isinstance(own, dict) or not set(own) <= set(PROMPT):
-        raise UserError(f"{path}: a prompt file is a JSON object with keys out of {', '.join(PROMPT)}")
+    if not isinstance(own, dict) or (unknown := sorted(set(own) - set(PROMPT))):
+        what = f"unknown key {unknown[0]!r}" if isinstance(own, dict) else "no JSON object"
+        raise UserError(f"{path}: {what}; a prompt file is a JSON object with keys out of {', '.join(PROMPT)}")
     prompt = {**PROMPT, **own}
     wrong = [key for key in prompt if type(prompt[key]) is not type(PROMPT[key])]
     if wrong or len(prompt["answers"]) != 2 or not all(isinstance(word, str) and word for word in prompt["answers"]):

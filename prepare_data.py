@@ -500,12 +500,14 @@ def prepare(name, args):
     counts, dropped = {"items": {}, "events": {}}, Counter()
     csv.field_size_limit(1 << 27)  # a user's list of items may be long
     gc.disable()  # millions of short-lived tuples and no cycles: looking for garbage takes a third of the time
-    texts = read_items(items_table, counts["items"], dropped)
-    items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
-    blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_table.files)
-    hash_of = functools.partial(common.digest, args.seed, name)
-    *sample, share = sample_users(blocks, numbers, hash_of, args.max_rows, dropped)
-    gc.enable()
+    try:
+        texts = read_items(items_table, counts["items"], dropped)
+        items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
+        blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_table.files)
+        hash_of = functools.partial(common.digest, args.seed, name)
+        *sample, share = sample_users(blocks, numbers, hash_of, args.max_rows, dropped)
+    finally:
+        gc.enable()
     users = filter(None, (user_line(*user, texts, items, plan, dropped) for user in in_hash_order(*sample)))
     test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
     valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0

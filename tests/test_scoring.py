@@ -287,7 +287,7 @@ def test_two_answers_that_are_one_token_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("text, word", [
-    ('{"promt": "{history} {candidate}"}', "keys out of item, join"),
+    ('{"promt": "{history} {candidate}"}', "unknown key 'promt'; a prompt file is a JSON object with keys out of item, join"),
     ('{"prompt": "{history} {candidat}"}', "lacks {candidate}"), ('{"answers": ["yes"]}', "answers"),
     ('{"answers": "yes"}', "wrong value for answers"), ('{"join": 3}', "join"),
     ('[1]', "JSON object"), ('{"item": ', "cannot be read")])
