@@ -9,7 +9,8 @@
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
 Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line a user {"user",
-"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read, dropped and why; sha256).
+"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read; what was dropped and why:
+events of the whole files, then of the users that were looked at until the sizes were reached; sha256).
 
 Files of any size are read as a stream. Kept are all rows of the users whose hash is below a threshold; when they
 exceed --max-rows the threshold is halved. Users are then taken in the order of their hashes, for test first, then for
@@ -315,8 +316,8 @@ def read(path, table, counts):
         raise UserError(f"{path}: {count['malformed']} of {count['rows']} rows are malformed, the first on line "
                         f"{count['first_malformed_line']}; is it the file that --list names?")
     if count["malformed"]:
-        common.say(f"{path}: {count['malformed']} of {count['rows']} rows are malformed and left out, the first on line "
-                   f"{count['first_malformed_line']}")
+        common.say(f"{path}: {count['malformed']} of {count['rows']} rows are malformed and left out, the first on "
+                   f"line {count['first_malformed_line']}")
 
 
 def parse(block, columns_of):
@@ -611,6 +612,8 @@ def from_recbench(name, folder, args):
     Kept as they are: duplicates, users of one class, positives that stand in the history. Of several rows of one user
     or item the last counts, as in the authors' code. Raises UserError.
     """
+    if args.test_size or args.train_size or args.positives or args.negatives:
+        raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
     user, item, history, label, *attributes = RECBENCH[name].split()
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
     lines = {part: {} for part in ("test", "finetune") if f"{part}.parquet" in files}  # of a user, by user
@@ -622,10 +625,14 @@ def from_recbench(name, folder, args):
         return
     for part, users in lines.items():
         for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
+            if liked not in (0, 1):
+                raise UserError(f"{folder / part}.parquet: the label of user {who} is {liked!r}, neither 0 nor 1")
             line = users.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
             line["candidates"].append(str(what))
             line["labels"].append(int(liked))
     for who, past in parquet_rows(folder / "users.parquet", user, history):
+        if isinstance(past, str):
+            raise UserError(f"{folder / 'users.parquet'}: the history of user {who} is a string, not a list of items")
         for users in lines.values():
             if str(who) in users:
                 users[str(who)]["history"] = [str(one) for one in past or []][-args.max_history:]
@@ -636,6 +643,8 @@ def from_recbench(name, folder, args):
     valid = set(lowest(tuned, max(1, len(tuned) // 10), functools.partial(common.digest, args.seed, name)))
     if "valid_user_set_0.1.txt" in files:
         valid = set((folder / "valid_user_set_0.1.txt").read_text(encoding="utf-8").splitlines())
+        if tuned and not valid & tuned.keys():
+            raise UserError(f"{folder / 'valid_user_set_0.1.txt'} names no user of finetune.parquet")
     splits = {"train": [tuned[who] for who in tuned if who not in valid],
               "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines.get("test", {}).values())}
     texts = dict.fromkeys(items_of(chain(*splits.values())), "")
@@ -698,9 +707,10 @@ def make_demo(out, seed, overwrite):
     for name in common.DEMO:
         if not unchanged(out, name, plan, {}, overwrite):
             write_dataset(out, name, *demo_dataset(name, seed), {"plan": plan, "raw": {}})
-    if overwrite or not Path(out, "demo-model").exists():
+    if not unchanged(out, "demo-model", plan, {}, overwrite):
         with replacing(Path(out, "demo-model")) as folder:
             train_demo_model(folder, seed)
+            common.write_json(folder / "meta.json", {"format": common.FORMAT, "plan": plan, "raw": {}})
     print(f"{Path(out, 'demo-model')} is the model to start from")
 
 

@@ -596,6 +596,37 @@ def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
     assert code == 2 and "pip install pyarrow" in err
 
 
+@pytest.mark.parametrize("file, columns, says", [
+    ("test", {"click": [2, 1]}, "the label of user 8 is 2"),
+    ("finetune", {"click": [None, 1]}, "the label of user 8 is None"),
+    ("users", {"history": ["1 2", "3"]}, "the history of user 8 is a string"),
+    ("valid_user_set_0.1.txt", None, "names no user"), (None, None, "no sizes")])
+def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, says):
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "in/yelp"
+    recbench(folder, "yelp")
+    if columns:
+        usual = {"user_id": [8, 9], "business_id": [1, 2], "history": [[1], [2]], "click": [1, 0]}
+        keep = ("user_id", "history") if file == "users" else ("user_id", "business_id", "click")
+        parquet(folder / f"{file}.parquet", {key: {**usual, **columns}[key] for key in keep})
+    elif file:
+        (folder / file).write_text("nobody\n")
+    more = [] if file else ["--test-size", "9"]
+    code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out", *more)
+    assert code == 2 and says in err and not (tmp_path / "out/yelp").exists()
+
+
+def test_a_demo_model_of_another_seed_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "train_demo_model", lambda folder, seed: (folder / "seed").write_text(str(seed)))
+    assert run("demo", "--out", tmp_path)[0] == run("demo", "--out", tmp_path)[0] == 0
+    for name in common.DEMO:
+        shutil.rmtree(tmp_path / name)
+    code, _, err = run("demo", "--out", tmp_path, "--seed", "7")
+    assert code == 2 and "demo-model was made with other arguments" in err
+    assert run("demo", "--out", tmp_path, "--seed", "7", "--overwrite")[0] == 0
+    assert (tmp_path / "demo-model/seed").read_text() == "7"
+
+
 # -------------------------------------------------------------------------------------------------------------- speed
 
 
