@@ -90,6 +90,8 @@ def main(argv=None):
     args = arguments(argv)
     start_processes(args)
     metas = {name: common.read_meta(args.data, name) for name in {*args.train, *args.valid}}
+    for name, split in [*((name, "train") for name in args.train), *((name, "valid") for name in args.valid)]:
+        common.read_users(args.data, name, split)  # one that is missing is said before the model is loaded
     earlier = common.read_run(args.init_adapter, args.model, args.type)
     if earlier:  # the adapter brings its own shape
         shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
@@ -100,7 +102,8 @@ def main(argv=None):
     if from_first(lambda: finished(args, job)):
         return say(f"{args.out} is finished already; --overwrite runs it again")
     run = {"model": job["model"], "type": args.type, "train": args.train, "valid": args.valid, "finished": False,
-           "train_chain": common.check_names(earlier.get("train_chain", []) + args.train),
+           **{f"{key}_chain": common.check_names(earlier.get(f"{key}_chain", []) + getattr(args, key))
+              for key in ("train", "valid")},
            "init_adapter": args.init_adapter, "arguments": {**vars(args), **job}, "versions": common.versions()}
     if outside := [name for name in args.valid if name not in run["train_chain"]]:
         say(f"validating on {', '.join(outside)}, not trained on: its labels choose the checkpoint")
@@ -174,7 +177,7 @@ def train_step(args, scorer, optimizer, train, batch):
     """One step of Adam on a batch, shared out among the processes. Returns its mean loss and its speed.
 
     The loss is the sum over samples divided by the batch's size, whatever the packing, the split by --max-tokens or the
-    number of processes, so the gradient is the same for all of these.
+    number of processes, so the gradient is the same for all of these (dropout, which differs, left aside).
     """
     started, (rank, world) = time.perf_counter(), processes()
     share = batch[len(batch) * rank // world:len(batch) * (rank + 1) // world]
@@ -291,7 +294,7 @@ def save_adapter(args, scorer):
 def resume(args, optimizer, device):
     """The state at a killed run's last evaluation, put back into optimizer and generators, or at the start; the log."""
     path = Path(args.out, "state.pt")
-    state = from_first(lambda: torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None)
+    state = from_first(lambda: read_state(path))
     if state is None:
         return {"steps": 0, "samples": 0, "seconds": 0.0, "best": None, "evaluations_since_best": 0,
                 "curve": []}, open_log(args, 0)
@@ -303,6 +306,14 @@ def resume(args, optimizer, device):
         generator.set_state(saved)
     say(f"continuing {args.out} after step {state['steps']}")
     return state, open_log(args, state.pop("log_size"))
+
+
+def read_state(path):
+    """What end_evaluation saved; None where there is nothing yet. Raises UserError where the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({str(error)[:100]}): start again with --overwrite") from None
 
 
 def generators(device):
@@ -327,8 +338,8 @@ def unstable(curve, fall=0.05):
 
 def diverged(args, state, what):
     """The error of a training that blew up."""
-    kept = f"the best adapter so far is in {args.out}" if state["best"] else "no adapter was saved"
-    return UserError(f"{what} after {state['steps']} steps: lower --lr (now {args.lr:g}); {kept}")
+    kept = f" (the best adapter so far is in {args.out}, unfinished)" if state["best"] else ""
+    return UserError(f"{what} after {state['steps']} steps: lower --lr (now {args.lr:g}) and give --overwrite{kept}")
 
 
 def report(args, run):
@@ -397,8 +408,8 @@ def add_lora(args, scorer):
 
 def describe(args, metas):
     """Everything that the result depends on; a folder made under another description is not continued."""
-    free = ("data", "out", "device", "overwrite", "setting", "target", "trust_remote_code", "max_tokens",
-            "gradient_checkpointing")  # a run that ran out of memory may go on with less
+    free = ("data", "out", "device", "overwrite", "setting", "target", "init_adapter", "trust_remote_code",
+            "max_tokens", "gradient_checkpointing")  # a run that ran out of memory may go on with less
     return {**{key: value for key, value in vars(args).items() if key not in free},
             "dtype": common.placement(args)[1], "prompt": common.load_prompt(args.prompt),
             "model": common.MODELS.get(args.model, args.model), "model_fingerprint": common.fingerprint(args.model),
@@ -407,16 +418,23 @@ def describe(args, metas):
 
 
 def finished(args, job):
-    """Whether --out holds this very run, finished. Raises UserError where another is there; --overwrite clears it."""
+    """Whether --out holds this very run, finished. Raises UserError where another is there.
+
+    Clears what a run left that was killed before its first evaluation or, by --overwrite, any.
+    """
     files = [path for name in FILES if (path := Path(args.out, name)).exists()]
+    told = files and files[-1].name == "run.json" and not args.overwrite
+    run = common.read_json(files[-1]) if told else {}
+    if files and not args.overwrite and "arguments" not in run:
+        raise UserError(f"nothing says how {files[-1]} was made: choose another --out or give --overwrite")
     if args.overwrite or not {"state.pt", "adapter_model.safetensors"} & {path.name for path in files}:
         for path in files:  # run.json last: what is there is never without its description
             path.unlink()
         return False
-    if files[-1].name != "run.json":
-        raise UserError(f"nothing says how {files[-1]} was made: choose another --out or give --overwrite")
-    run = common.read_json(files[-1])
-    if changed := [key for key in job if job[key] != run.get("arguments", {}).get(key, ...)]:
+    earlier = run["arguments"]
+    if job["model_fingerprint"] and job["model_fingerprint"] == earlier.get("model_fingerprint"):
+        earlier["model"] = job["model"]  # a folder may move
+    if changed := [key for key in job if job[key] != earlier.get(key, ...)]:
         raise UserError(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out or --overwrite")
     return run["finished"]
 

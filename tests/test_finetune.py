@@ -390,6 +390,8 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(data, mode
     assert run(data, model("llama"), out, *KILLED) == 0
     assert run(data, model("llama"), out, *KILLED, "--max-tokens", 200, "--gradient-checkpointing") == 0  # only memory
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.copytree(model("llama"), tmp_path / "moved")
+    assert run(data, tmp_path / "moved", out, *KILLED) == 0
     assert "other lr:" in error_of(capfd, data, model("llama"), out, *KILLED, "--lr", 1e-5)
     assert "other seed:" in error_of(capfd, data, model("llama"), out, *KILLED, "--seed", 1)
     assert "other train" in error_of(capfd, data, model("llama"), out, "--train", "mind", *KILLED[3:])
@@ -400,6 +402,11 @@ def test_a_finished_run_is_left_alone_and_other_arguments_are_refused(data, mode
     assert "nothing says how" in error_of(capfd, data, model("llama"), out, *KILLED)
     del before["run.json"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    for name, text in (("log.jsonl", "mine"), ("run.json", '{"mine": 1}')):  # of another program
+        (tmp_path / "mine" / name).write_text(text)
+        assert "nothing says how" in error_of(capfd, data, model("llama"), tmp_path / "mine", *KILLED)
+        assert (tmp_path / "mine" / name).read_text() == text
     monkeypatch.undo()
     assert run(data, model("llama"), out, "--train", "pens", *QUICK, "--epochs", 1, "--overwrite") == 0
     assert len(losses(out)) == 3 and json.loads((out / "run.json").read_text())["train"] == ["pens"]
@@ -507,6 +514,7 @@ def test_sequential_training_continues_the_adapter_in_both_orders(data, model, t
         assert "without packing" not in (said := capfd.readouterr().err) and "rank 4, alpha 128" in said
         result = json.loads((out / "run.json").read_text())
         assert (result["train"], result["train_chain"]) == ([b], [a, b]) and result["arguments"]["lora_r"] == 4
+        assert result["valid_chain"] == [a, b]
         for name, tensor in adapter(tmp_path / a).items():  # with such a rate it stays where it began
             assert (adapter(out)[name] - tensor).abs().max() < 1e-8
         results = tmp_path / f"{a}-{b}-results"
@@ -574,7 +582,7 @@ def test_adapters_are_float32_over_a_bfloat16_base(data, model, tmp_path):
 def test_a_rate_that_diverges_is_one_line(data, model, tmp_path, capfd):
     for kind in ("prompt", "embed"):
         command = [data, model("llama"), tmp_path / kind, "--train", "mind", "--lr", 1e30, "--type", kind]
-        assert "lower --lr (now 1e+30); no adapter was saved" in error_of(capfd, *command)
+        assert "lower --lr (now 1e+30) and give --overwrite" in error_of(capfd, *command)
         assert not list((tmp_path / kind).glob("adapter*"))
         assert "lower --lr" in error_of(capfd, *command, "--eval-every", 1)
 
@@ -592,6 +600,8 @@ def test_what_was_best_before_the_loss_is_nan_stays(data, model, tmp_path, monke
     command = [data, model("llama"), tmp_path, *KILLED]
     line = error_of(capfd, *command)
     assert "the loss is nan after 8 steps: lower --lr" in line and f"the best adapter so far is in {tmp_path}" in line
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:999])
+    assert "state.pt is damaged" in error_of(capfd, *command)
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path).values())
     assert losses(tmp_path).tolist() == losses(tmp_path)[:8].tolist()
     network = transformers.AutoModelForCausalLM.from_pretrained(model("llama"))
@@ -637,6 +647,8 @@ def test_errors_that_the_user_can_mend(data, model, tmp_path, capfd):
     assert "--lora-dropout at least 0" in error(*train, "--lora-dropout", 1.5)
     assert "run: python prepare_data.py hm" in error("--train", "hm")
     assert "run.json is missing" in error(*train, "--init-adapter", tmp_path / "nothing")
+    write_dataset(tmp_path / "half", "mind", {"train": [4]})
+    assert "mind has no valid split" in error_of(capfd, tmp_path / "half", "no/such/model", tmp_path / "out", *train)
     write_dataset(tmp_path / "one", "mind", {"train": [4], "valid": [1]})
     assert "auc is undefined" in error_of(capfd, tmp_path / "one", model("llama"), tmp_path / "out", *train)
     write_dataset(tmp_path / "none", "mind", {"train": [], "valid": [4]})
