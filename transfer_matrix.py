@@ -51,6 +51,10 @@ def arguments(argv):
         sources = dict.fromkeys("+".join(common.check_names(source.split("+"))) for source in args.sources)
         args.sources = by_domain([s for s in sources if "+" not in s]) + [s for s in sources if "+" in s]
         args.targets = by_domain(args.targets)
+    try:
+        args.finetune_args, args.evaluate_args = shlex.split(args.finetune_args), shlex.split(args.evaluate_args)
+    except ValueError as error:
+        parser.error(f"--finetune-args or --evaluate-args: {error}")
     return args
 
 
@@ -66,13 +70,17 @@ def main(argv=None):
         return print(compare(args.compare))
     pieces = {(s, t): piece(args, s, t) for s in [ZERO, *args.sources] for t in [None, *args.targets]}
     del pieces[ZERO, None]
+    for script, argv, *_ in pieces.values():  # what is in the way is said before hours of training
+        given = script.arguments(argv)
+        for split, names in ([(given.split, given.test)] if script is evaluate else
+                             [("train", given.train), ("valid", given.valid)]):
+            for name in names:
+                common.read_meta(given.data, name)
+                common.read_users(given.data, name, split)
     if args.dry_run:
-        ordered = sorted(pieces.values(), key=lambda piece: piece[0] is evaluate)  # trainings first
-        return sys.stdout.writelines(f"{line}\n" for _, _, line, _, there in ordered if not there)
-    for name in dict.fromkeys([*"+".join(args.sources).split("+"), *args.targets]):
-        common.read_meta(args.data, name)  # what is in the way is said before hours of training
-    for script, argv, *_ in pieces.values():
-        script.arguments(argv)
+        for this in sorted(pieces.values(), key=lambda piece: piece[0] is evaluate):  # trainings first
+            perform(*this) if this[4] else print(this[2])
+        return None
     done = {}
     for (source, target), this in pieces.items():
         # no cells without their training
@@ -97,11 +105,11 @@ def piece(args, source, target=None):
     argv = ["--model", args.model, *shared_flags(args)]
     if target is None:
         script, result = finetune, run / "run.json"
-        argv += ["--train", *source.split("+"), "--out", str(run), *shlex.split(args.finetune_args)]
+        argv += ["--train", *source.split("+"), "--out", str(run), *args.finetune_args]
     else:
         script, result = evaluate, out / f"{target}.json"
         argv += [] if source == ZERO else ["--adapter", str(run)]
-        argv += ["--test", target, "--out", str(out), *shlex.split(args.evaluate_args)]
+        argv += ["--test", target, "--out", str(out), *args.evaluate_args]
     line = shlex.join(["python", os.path.relpath(script.__file__), *argv])
     there = not args.overwrite and result.exists() and common.read_json(result).get("finished", True)
     return script, argv, line, result, there
@@ -139,7 +147,8 @@ def perform(script, argv, line, _, there):
 def analyse(args, done):
     """The matrix from the files of what is done, {(source, target): path}; that in OUT if it was made of just these."""
     known = common.read_json(path) if (path := Path(args.out, "matrix.json")).exists() else {}
-    made_of = f"{common.digest(vars(args), *(path.read_bytes() for path in [Path(__file__), *done.values()])):016x}"
+    files = [Path(__file__), Path(common.__file__), *done.values(), *map(scores_of, done.values())]
+    made_of = f"{common.digest(vars(args), *(path.read_bytes() for path in files if path.exists())):016x}"
     if known.get("made_of") == made_of:
         return known
     results = {key: common.read_json(path) for key, path in done.items()}
@@ -169,10 +178,15 @@ def analyse(args, done):
             "rra": {str(k): common.reciprocal_rank_average(singles, k) for k in args.k}}
 
 
+def scores_of(path):
+    """The scores file beside a cell's result."""
+    return path.with_suffix(".scores.jsonl")
+
+
 def draw(args, target, result, path):
     """Bootstrap draws of a cell's metric. Seeded by target: paired within a column, independent between columns."""
-    path, seed = path.with_suffix(".scores.jsonl"), common.digest(args.seed, target)
-    arrays = evaluate.read_scores(path, args.data, target, result["split"], result["n_users"])
+    seed = common.digest(args.seed, target)
+    arrays = evaluate.read_scores(scores_of(path), args.data, target, result["split"], result["n_users"])
     return common.bootstrap(*arrays, [args.metric], seed=seed)[args.metric]
 
 
@@ -258,8 +272,10 @@ def notes(matrix):
     warnings = {
         "Zero-shot collapse, scores as good as chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
         "Unstable training, validation fell by over 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
-        "Validated on other sets": [r["source"] for r in rows if {*r["training"].get("valid", [])} - {*r["train"]}],
-        "Failed": matrix["failed"]}
+        "Validated on other sets": [r["source"] for r in rows if {*r["training"].get("valid_chain", [])} - {*r["train"]}],
+        "Failed": matrix["failed"],
+        "Without a cell, so not ranked in RRA@K, where others move up":
+            [row["source"] for row in rows[1:] if "+" not in row["source"] and not any(row["cells"].values())]}
     return [
         "▲ better, ▼ worse (negative transfer): 95% interval of the paired difference without 0. Of {compared} cells "
         "{better} are ▲, {worse} ▼; if nothing differed, chance would mark {by_chance:.1f} (5%).".format(**marks),
@@ -285,11 +301,15 @@ def compare(folders):
     matrices = [common.read_json(Path(folder, "matrix.json")) for folder in folders]
     if len(metrics := {matrix["metric"] for matrix in matrices}) > 1:
         raise UserError(f"the matrices hold different metrics: {', '.join(sorted(metrics))}")
-    values = lambda matrix, letter, t: [row["cells"][t]["value"] for row in matrix["rows"]
-                                        if row["cells"].get(t, {}).get("setting") == letter]
-    mean = lambda matrix, letter, names: np.mean([np.mean(values(matrix, letter, t)) for t in names])
-    have = {letter: [t for t in matrices[0]["targets"] if all(values(m, letter, t) for m in matrices)]
-            for letter in common.SETTINGS}
+    cell = lambda m, source, t: next((row["cells"].get(t) or {} for row in m["rows"] if row["source"] == source), {})
+    sources, targets = ([row["source"] for row in matrices[0]["rows"]], matrices[0]["targets"])
+    for t in targets:
+        cells = [row["cells"][t] for m in matrices for row in m["rows"] if row["cells"].get(t)]
+        if len({(c["data_sha256"], c["n_users"]) for c in cells}) > 1:
+            raise UserError(f"the matrices were tested on different users of {t}")
+    alike = lambda letter, t: [s for s in sources if all(cell(m, s, t).get("setting") == letter for m in matrices)]
+    have = {letter: {t: alike(letter, t) for t in targets if alike(letter, t)} for letter in common.SETTINGS}
+    mean = lambda m, letter, names: np.mean([np.mean([cell(m, s, t)["value"] for s in have[letter][t]]) for t in names])
     targets, both = {letter: names for letter, names in have.items() if names}, [t for t in have["G"] if t in have["H"]]
     lines = [[*metrics, *(f"{letter} ({len(names)})" for letter, names in targets.items()), f"H - G ({len(both)})"]]
     for folder, m in zip(folders, matrices):
@@ -297,7 +317,7 @@ def compare(folders):
         means = [f"{mean(m, letter, names):.3f}" for letter, names in targets.items()]
         lines.append([f"{m['model']}, {m['type']} ({folder})", *means, gap])
     return "\n".join([common.markdown_table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
-                      "- Means over the targets (how many) that have the setting, or H and G, in every matrix."])
+                      "- Means over targets (how many) that have the setting, or H and G, of sources in every matrix."])
 
 # ------------------------------------------------------------------------------------------------------------ picture
 

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -17,7 +18,7 @@ import finetune
 import tiny
 import transfer_matrix
 
-NAMES = list(common.DEMO)
+NAMES, finetune_main = list(common.DEMO), finetune.main
 
 
 def write_lines(path, rows):
@@ -61,7 +62,7 @@ def write_run(out, source, **more):
     """What finetune.py would write of a training."""
     curve = [{"step": 10, "mean": 0.6}, {"step": 20, "mean": 0.7}]
     common.write_json(Path(out, "runs", source, "run.json"), {
-        "train_chain": source.split("+"), "valid": source.split("+"), "steps": 30, "samples": 960, "best": curve[1],
+        "train_chain": source.split("+"), "valid_chain": source.split("+"), "steps": 30, "samples": 960, "best": curve[1],
         "curve": curve, "unstable": False, "finished": True, **more})
 
 
@@ -145,8 +146,44 @@ def test_what_is_there_is_not_run_again(data, tmp_path, monkeypatch, capsys):
     assert run_matrix(data, tmp_path, **small) == 0
     out = capsys.readouterr().out
     assert [line[2:] for line in out.splitlines() if line.startswith("$ ")] == [training, first, second]
-    assert out.count("a long report") == 3 and len(fakes.calls) == 5  # all are asked, so that stale ones are refused
+    assert out.count("a long report") == 3
+    assert len(fakes.calls) == 2 + 5  # all are asked, by --dry-run those that are there, so that stale ones are refused
     assert run_matrix(data, tmp_path, "--dry-run", **small) == 0 and not capsys.readouterr().out
+
+
+def test_what_is_in_the_way_is_said_before_anything_runs(data, tmp_path, monkeypatch, capsys):
+    fakes = Fakes(monkeypatch)
+
+    def error(*more, data=data, **small):
+        assert run_matrix(data, tmp_path, *more, **small) == 2 and not fakes.calls
+        return capsys.readouterr().err
+    assert "No closing quotation" in error("--finetune-args=--lr '1e-3")
+    shutil.copytree(data, tmp_path / "data")
+    for split, name in (("test", "books-a"), ("valid", "news-b"), ("train", "shop")):
+        (tmp_path / "data" / name / f"{split}.jsonl").unlink()
+        assert f"{name} has no {split} split" in error(data=str(tmp_path / "data"))
+        (tmp_path / "data" / name / f"{split}.jsonl").touch()
+    for more in ([], ["--dry-run"]):
+        assert "--bogus" in error("--evaluate-args=--bogus", *more)
+    write_run(tmp_path, "shop")
+    monkeypatch.setattr(finetune, "main", finetune_main)
+    assert "runs/shop/run.json was made" in error("--dry-run", sources=["shop"])  # by write_run, not by these arguments
+
+
+def test_a_matrix_follows_its_scores(data, tmp_path, monkeypatch, capsys):
+    Fakes(monkeypatch)
+    small = {"sources": ["shop"], "targets": ["news-a"]}
+    assert run_matrix(data, tmp_path, **small) == 0
+    before = read_matrix(tmp_path)[1]["shop"]["news-a"]
+    monkeypatch.setattr(finetune, "main", lambda argv: None)  # as they do when their files are there
+    monkeypatch.setattr(evaluate, "main", lambda argv: None)
+    scores = tmp_path / "cells/shop/news-a.scores.jsonl"
+    scores.write_bytes(Path(tmp_path, "cells/zero-shot/news-a.scores.jsonl").read_bytes())
+    assert run_matrix(data, tmp_path, **small) == 0
+    assert read_matrix(tmp_path)[1]["shop"]["news-a"]["gain_ci"] == [0, 0] != before["gain_ci"]
+    scores.unlink()
+    assert run_matrix(data, tmp_path, **small) == 2
+    assert "is missing; give evaluate.py --overwrite" in capsys.readouterr().err
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
@@ -165,6 +202,7 @@ def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeyp
     assert "Failed: news-a on books-a, training on shop," in Path(tmp_path, "matrix.md").read_text()
     assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 7  # two, and a row of five
     assert matrix["rra"]["1"].keys() == {"news-a", "news-b"}
+    assert "not ranked in RRA@K, where others move up: shop." in Path(tmp_path, "matrix.md").read_text()
     fakes.broken = {}
     assert run_matrix(data, tmp_path) == 0
     assert all(cell for row in read_matrix(tmp_path)[1].values() for cell in row.values())
@@ -235,7 +273,7 @@ def test_marks_notes_and_spreadsheet(data, tmp_path, monkeypatch):
 def test_warnings_about_trainings(data, tmp_path, monkeypatch):
     Fakes(monkeypatch)
     monkeypatch.setattr(finetune, "main", lambda argv: write_run(
-        tmp_path, "news-a", unstable=True, valid=["shop"], train_chain=["news-b", "news-a"]))
+        tmp_path, "news-a", unstable=True, valid_chain=["shop"], train_chain=["news-b", "news-a"]))
     assert run_matrix(data, tmp_path, sources=["news-a"]) == 0
     assert read_matrix(tmp_path)[1]["news-a"]["news-a"]["setting"] == "E"  # the chain of trainings counts
     text = (tmp_path / "matrix.md").read_text()
@@ -400,11 +438,12 @@ def test_numbers_can_be_read_on_every_colour():
     assert int(blue[5:], 16) > int(blue[1:3], 16) and int(orange[1:3], 16) > int(orange[5:], 16)
 
 
-def canned_matrix(folder, values, metric="auc", model="m"):
+def canned_matrix(folder, values, metric="auc", model="m", sha256="0"):
     """A matrix.json with nothing but numbers, {source: (on news-a, on books-a)}; returns the folder."""
     def cell(source, target, value):
         train = [] if source == "zero-shot" else source.split("+")
-        return {"value": value, "setting": common.setting_of(train, target)} if value else {}
+        return {"value": value, "setting": common.setting_of(train, target), "data_sha256": sha256,
+                "n_users": 9} if value else {}
     rows = [{"source": source, "cells": {t: cell(source, t, v) for t, v in zip(("news-a", "books-a"), row)}}
             for source, row in values.items()]
     common.write_json(Path(folder, "matrix.json"), {"model": model, "type": "prompt", "metric": metric, "rows": rows,
@@ -425,6 +464,13 @@ def test_compare_models_by_setting(tmp_path, capsys):
     assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "G (1)", "H (2)", "H - G (1)"]  # G on books-a lacks in one
     assert lines[2] == [f"m, prompt ({small})", "0.510", "0.700", "0.500", "0.550", "0.750", "+0.150"]
     assert lines[3] == [f"large, prompt ({large})", "0.610", "0.800", "0.550", "0.650", "0.900", "+0.250"]
+    fewer = canned_matrix(tmp_path / "f", {"zero-shot": (0.60, 0.62), "books-b": (0.65, 0.75)})  # without shop (F)
+    assert compare(small, fewer) == 0
+    lines = [[word.strip() for word in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "H - G (0)"]
+    assert [line[1:4] for line in lines[2:4]] == [["0.510", "0.700", "0.600"], ["0.610", "0.750", "0.650"]]
+    elsewhere = canned_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, sha256="1")
+    assert compare(small, elsewhere) == 2 and "different users of news-a" in capsys.readouterr().err
     other = canned_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr")
     assert compare(small, other) == 2 and "different metrics: auc, mrr" in capsys.readouterr().err
     assert compare(str(tmp_path)) == 2 and compare(other) == 0
