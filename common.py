@@ -6,8 +6,8 @@ every candidate, in one of two ways, and the scores of a user's candidates are c
     prompt   a text shows history and candidate and ends where the answer goes;  score = logit(yes) - logit(no)
     embed    one text for the user, one for the item;                            score = cosine of their embeddings
 
-In reading order: the benchmark and its settings, prompts, prompt scoring, embedding scoring, models, baselines, metrics,
-intervals, files and command lines. Sections and tables cited are the paper's.
+In reading order: the benchmark and its settings, prompts, prompt scoring, embedding scoring, models, baselines,
+metrics, intervals, files and command lines. Sections and tables cited are the paper's.
 """
 import argparse
 import functools
@@ -554,6 +554,8 @@ def load_pretrained(args):
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     name, (device, dtype) = MODELS.get(args.model, args.model), placement(args)
     options = {"trust_remote_code": args.trust_remote_code}
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
@@ -566,7 +568,7 @@ def load_pretrained(args):
     except torch.OutOfMemoryError:
         raise UserError(f"model {name} does not fit into the memory of {device}") from None
     except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
-        where = "" if Path(name).is_dir() else "there is no such folder, and the hub gave none (offline, gated, misspelt?): "
+        where = "" if Path(name).is_dir() else "no such folder, and the hub gave none (offline, gated, misspelt?): "
         raise UserError(f"model {name} cannot be loaded: {where}{type(error).__name__}: {str(error)[:200]}") from None
     missing = sorted(key for key in info["missing_keys"] if args.type == "prompt" or "pooler" not in key)
     if missing:  # the class has invented them
@@ -856,6 +858,7 @@ def reciprocal_rank_average(table, k):
 
 # -------------------------------------------------------------------------------------------- files and command lines
 
+USER = {"user", "history", "candidates", "labels"}  # the keys of a user's line
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 
 
@@ -915,8 +918,11 @@ def read_items(data, name):
 
 
 def texts_of(user, items):
-    """A user's (history texts, candidate texts)."""
-    return [items[i] for i in user["history"]], [items[i] for i in user["candidates"]]
+    """A user's (history texts, candidate texts). Raises UserError where an item has no text."""
+    try:
+        return [items[i] for i in user["history"]], [items[i] for i in user["candidates"]]
+    except KeyError as error:
+        raise UserError(f"user {user['user']!r} has item {error}, which items.jsonl lacks; prepare it again") from None
 
 
 def read_users(data, name, split, limit=None):
@@ -925,19 +931,26 @@ def read_users(data, name, split, limit=None):
     if not path.exists():
         raise UserError(f"dataset {name} has no {split} split ({path} is missing); "
                         "prepare it with --test-size or --train-size")
-    return islice(read_lines(path), limit)
+
+    def users():
+        for number, user in enumerate(read_lines(path), 1):
+            if not USER <= user.keys() or not 0 < len(user["candidates"]) == len(user["labels"]):
+                raise UserError(f"{path}, line {number}: a user has {', '.join(sorted(USER))}, as many labels as "
+                                "candidates and at least one")
+            yield user
+    return islice(users(), limit)
 
 
-def read_lines(path):
-    """Yield the JSON values of a .jsonl file. Raises UserError with the line number where one is broken."""
+def read_lines(path, mend="prepare the dataset again"):
+    """Yield the JSON values of a .jsonl file. Raises UserError, with what to do, where it is missing or broken."""
     if not Path(path).exists():
-        raise UserError(f"{path} is missing; prepare the dataset again")
+        raise UserError(f"{path} is missing; {mend}")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield json.loads(line)
             except ValueError:
-                raise UserError(f"{path}, line {number}: not JSON; prepare the dataset again") from None
+                raise UserError(f"{path}, line {number}: not JSON; {mend}") from None
 
 
 def read_run(folder, model=None, kind=None):
@@ -961,10 +974,11 @@ def read_run(folder, model=None, kind=None):
 
 
 def fingerprint(folder):
-    """A hash of a local model's or adapter's weights (names, sizes, 16 MB out of each file); None if there are none."""
-    files = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")) if folder else []
+    """A hash of a local model's or adapter's files (names, sizes, 16 MB out of each); None where there are none."""
+    kinds = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
+             "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*", "*.py")
     parts = []
-    for path in files:
+    for path in sorted({path for kind in kinds for path in Path(folder).glob(kind)} if folder else ()):
         size, content = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             for start in range(0, size, max(1 << 20, size // 16)):
@@ -982,7 +996,7 @@ def versions():
 
 
 def peak_memory_gb(device):
-    """Peak memory of this process in GB: of the GPU's where the device is one, else resident memory."""
+    """Peak memory in GB: on a GPU since the model was loaded, else resident memory of this process since its start."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -1024,9 +1038,9 @@ def shared_arguments(parser):
 
 
 def whole(text, least=0):
-    """An int of at least `least`, for argparse."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    """An int from `least` on, below 2**31, for argparse."""
+    if not text.isdecimal() or not least <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} (and below 2**31)")
     return int(text)
 
 
@@ -1061,7 +1075,7 @@ def run(main, argv=None):
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: lower --max-tokens"
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to continue", file=sys.stderr)
+        print("\ninterrupted; run the same command, without --overwrite, to continue", file=sys.stderr)
         return 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

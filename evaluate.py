@@ -6,7 +6,7 @@
     python evaluate.py --model popularity --test all --out results/popularity       (also: random, overlap)
 
 For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost, arguments) and OUT/<dataset>.scores.jsonl (one
-line a user: {"user": ..., "scores": [...]}). A killed run continues when the same command is run again.
+line a user: {"user": ..., "scores": [...]}). A killed run continues by the same command, without --overwrite.
 """
 import json
 import os
@@ -62,7 +62,9 @@ def main(argv=None):
                 scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
             done = evaluate(args, name, jobs[name], setting, scorer)
         results.append({**done, "setting": setting})
-        if name in set(run.get("valid", [])) - set(run.get("train_chain", [])):
+        if done["setting"] != setting:  # it was evaluated alone then and is among others now, or the reverse
+            common.write_json(Path(args.out, f"{name}.json"), results[-1])
+        if name in set(run.get("valid_chain", [])) - set(run.get("train_chain", [])):
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
     print(table(results))
 
@@ -189,9 +191,9 @@ def score_users(args, name, scorer, part, done):
 
 
 def count_popularity(args, name):
-    """(how often an item is a positive or in a history of the training split; None) or, without one, of the scored
-    split's histories and True: then a user's own history is not counted for that user."""
-    counts, train = Counter(), Path(args.data, name, "train.jsonl").exists()
+    """(how often an item is a positive or in a history of the training split; False) or, without one or to score that
+    split itself, of the scored split's histories and True: then a user's own history is not counted for that user."""
+    counts, train = Counter(), args.split != "train" and Path(args.data, name, "train.jsonl").exists()
     for user in common.read_users(args.data, name, "train" if train else args.split):
         counts.update(user["history"])
         if train:
@@ -211,9 +213,10 @@ def read_scores(path, data, name, split, limit=None):
     """Scores, labels, user numbers of a scores file: 3 arrays (samples,). Raises UserError where they do not fit."""
     scores, labels, sizes = array("d"), array("b"), array("i")
     nothing, users = {"user": None, "scores": (), "labels": ()}, common.read_users(data, name, split, limit)
-    for line, user in zip_longest(common.read_lines(path), users, fillvalue=nothing):
+    mend = "give evaluate.py --overwrite to score it again"
+    for line, user in zip_longest(common.read_lines(path, mend), users, fillvalue=nothing):
         if line["user"] != user["user"] or len(line["scores"]) != len(user["labels"]):
-            raise UserError(f"{path} does not fit the {split} split of {name}: give --overwrite to score it again")
+            raise UserError(f"{path} does not fit the {split} split of {name}; {mend}")
         scores.extend(line["scores"])
         labels.extend(user["labels"])
         sizes.append(len(user["labels"]))

@@ -1,6 +1,7 @@
 """evaluate.py: what it writes, how it continues, what it refuses."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,10 @@ def test_nothing_is_scored_twice_or_taken_for_something_else(data, tmp_path, fol
     write_dataset(data, "mind", 10, sha="1")
     assert "other arguments or data" in error_of(capsys, *command)
     write_dataset(data, "mind", 10)
+    write_dataset(data, "pens", 4)
+    assert run(data, "--model", "random", "--test", "mind", "pens", "--out", tmp_path / "two") == 0
+    assert run(data, "--model", "random", "--test", "mind", "--out", tmp_path / "two") == 0  # now evaluated alone
+    assert json.loads((tmp_path / "two" / "mind.json").read_text())["setting"] == "A"
     result.unlink()  # scores that nothing vouches for
     assert "nothing says how" in error_of(capsys, *command) and scores.read_bytes() == before[1]
     assert run(data, "--model", "random", "--test", "mind", "--out", tmp_path / "out", "--overwrite") == 0
@@ -131,7 +136,8 @@ def test_what_is_in_the_way_of_a_later_dataset_shows_before_the_first_is_scored(
 def test_a_killed_or_interrupted_run_continues(data, tmp_path, folders, kill, monkeypatch, capsys):
     command = ["--model", folders["llama"], "--test", "mind", "--out"]
     assert run(data, *command, tmp_path / "whole") == 0
-    third = f"""evaluate.CHUNK, score, calls = 2, common.score_prompts, []
+    third = f"""signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+evaluate.CHUNK, score, calls = 2, common.score_prompts, []
 def dying(scorer, users):
     calls.append(1)
     if len(calls) == 5:  # 2 calls check the packing
@@ -216,6 +222,12 @@ def test_errors_that_the_user_can_mend(data, tmp_path, folders, capsys, monkeypa
 
 def test_broken_data_is_one_line(data, tmp_path, capsys):
     command = [data, "--model", "overlap", "--test", "mind", "--out"]
+    user = {"user": "u0", "history": ["i0"], "candidates": ["i1"]}
+    for labels in ({}, {"labels": [1, 0]}, {"labels": [], "candidates": []}):
+        Path(data, "mind", "test.jsonl").write_text(json.dumps({**user, **labels}))
+        assert "test.jsonl, line 1: a user has candidates, " in error_of(capsys, *command, tmp_path / "u")
+    Path(data, "mind", "test.jsonl").write_text(json.dumps({**user, "history": ["nope"], "labels": [1]}))
+    assert "user 'u0' has item 'nope', which items.jsonl lacks" in error_of(capsys, *command, tmp_path / "i")
     Path(data, "mind", "test.jsonl").write_text('{"user": "u0", "hist\n')
     assert "test.jsonl, line 1" in error_of(capsys, *command, tmp_path / "a")
     Path(data, "mind", "test.jsonl").write_text("")
@@ -241,7 +253,7 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     network = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]),
                                   peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     network.save_pretrained(tmp_path / "run")
-    record = {"model": folders["llama"], "type": "prompt", "train_chain": ["pens"], "valid": ["mind"],
+    record = {"model": folders["llama"], "type": "prompt", "train_chain": ["pens"], "valid_chain": ["mind"],
               "arguments": {"prompt": {**common.PROMPT, "join": ";"}}}
     Path(tmp_path, "run", "run.json").write_text(json.dumps({**record, "finished": False}))
     command = [data, "--test", "mind", "--adapter", tmp_path / "run", "--out", tmp_path / "out", "--model"]
@@ -258,18 +270,33 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     assert tuned != base
 
 
+@pytest.mark.parametrize("file, old, new", [
+    ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'),
+    ("tokenizer_config.json", '{', '{"chat_template": "{{ messages[0].content }}",')])
+def test_a_model_whose_files_have_changed_is_another_one(data, tmp_path, folders, capsys, file, old, new):
+    shutil.copytree(folders["llama"], tmp_path / "model")
+    command = [data, "--model", tmp_path / "model", "--test", "mind", "--out", tmp_path / "out"]
+    assert run(*command) == 0
+    text = (tmp_path / "model" / file).read_text()
+    assert old in text
+    (tmp_path / "model" / file).write_text(text.replace(old, new, 1))
+    assert "other arguments or data" in error_of(capsys, *command)
+
+
 def test_popularity_counts_training_users_or_else_the_other_histories(data, tmp_path):
     users = write_dataset(data, "mind", 10)
     assert run(data, "--model", "popularity", "--test", "mind", "--out", tmp_path / "train") == 0
+    assert run(data, "--model", "popularity", "--test", "mind", "--split", "train", "--out", tmp_path / "itself") == 0
     write_dataset(data, "pens", 10, train=False)
     assert run(data, "--model", "popularity", "--test", "pens", "--out", tmp_path / "others") == 0
-    for folder, name in (("train", "mind"), ("others", "pens")):
+    for folder, name in (("train", "mind"), ("itself", "mind"), ("others", "pens")):
         lines = Path(tmp_path, folder, f"{name}.scores.jsonl").read_text().splitlines()
-        for user, line in zip(users, lines, strict=True):
-            if name == "mind":
+        scored = users[:5] if folder == "itself" else users
+        for user, line in zip(scored, lines, strict=True):
+            if folder == "train":
                 liked = [u["history"] + [i for i, l in zip(u["candidates"], u["labels"]) if l] for u in users[:5]]
             else:
-                liked = [u["history"] for u in users if u is not user]
+                liked = [u["history"] for u in scored if u is not user]
             assert json.loads(line)["scores"] == [sum(some.count(i) for some in liked) for i in user["candidates"]]
 
 
