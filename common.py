@@ -102,7 +102,8 @@ def training_sets(setting, target):
     sets = {"A": [], "B": [], "C": [target], "D": [n for n in same if n != target], "E": same,
             "G": [n for n in trainable if n != target], "H": trainable}[setting]
     if setting in "CEH" and target not in trainable:
-        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tune set")
+        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tune set "
+                        f"of the benchmark (--train {target} trains on it all the same)")
     if setting_of(sets, target, setting == "A") != setting:
         raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: its domain "
                         f"({dataset(target).domain}) has {len(same)} fine-tune set(s): {', '.join(same) or 'none'}")
@@ -125,6 +126,7 @@ def check_names(names):
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 PROMPT = {  # --prompt FILE.json replaces any of these; the candidate comes late, since packing shares what precedes it
+    # of a prompt: "prompt", "answers"; of the two texts to embed: "user", "candidate"; of both: the others
     "item": "{n}. {text}",
     "join": "\n",
     "prompt": "A user liked these items, oldest first:\n{history}\n\n"
@@ -581,8 +583,10 @@ def load_pretrained(args):
 
 
 def placement(args):
-    """(device, name of the dtype) that --device and --dtype mean on this machine."""
+    """(device, name of the dtype) that --device and --dtype mean on this machine. Raises UserError without a GPU."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "cuda" in device and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA GPU here")
     return device, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
 
 
@@ -1035,6 +1039,13 @@ def shared_arguments(parser):
         "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
+
+
+def folder(text):
+    """A path to write a folder to, for argparse."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; it takes a folder")
+    return text
 
 
 def whole(text, least=0):

@@ -31,7 +31,7 @@ def arguments(argv):
     parser.add_argument("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
                         f"or a baseline without a model: {', '.join(common.BASELINES)}")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")
-    parser.add_argument("--out", required=True, help="folder for the results")
+    parser.add_argument("--out", required=True, type=common.folder, help="folder for the results")
     parser.add_argument("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="which users to score")
     parser.add_argument("--limit-users", type=common.positive, help="score the first N users only")

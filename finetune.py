@@ -40,7 +40,7 @@ def arguments(argv):
     add("--train", nargs="+", metavar="DATASET", help="datasets to train on, joined and shuffled")
     add("--setting", choices=list(common.SETTINGS), help="train on the datasets that this setting means for --target")
     add("--target", metavar="DATASET", help="the dataset that --setting is about")
-    add("--out", required=True, help="folder for the run")
+    add("--out", required=True, type=common.folder, help="folder for the run")
     add("--valid", nargs="+", metavar="DATASET", help="datasets to validate on (if not given: those of --train)")
     add("--valid-metric", choices=[name for name in common.METRIC_NAMES if name != "logloss"], default="auc",
         help="metric of early stopping, the higher the better, mean over datasets")

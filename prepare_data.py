@@ -495,6 +495,8 @@ def prepare(name, args):
             "drawn": row.kind == "sequences" or bool(args.positives or args.negatives), "max_rows": args.max_rows,
             "test_size": (20_000 if row.test else 0) if args.test_size is None else args.test_size,
             "train_size": (100_000 if row.finetune else 0) if args.train_size is None else args.train_size}
+    if not plan["test_size"] and not plan["train_size"]:
+        raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
     files = {path.name: path.stat().st_size for path in (*items_table.files, *events_table.files)}
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
@@ -787,10 +789,11 @@ def list_datasets():
     """Print the table of the benchmark, the raw files expected in RAW/<dataset>/ and where to get them."""
     for name, row in common.DATASETS.items():
         source = SOURCES[name]
-        files = dict.fromkeys(chain(*(table.files for table in (*source.items, source.events))))
+        items = " or ".join(", ".join(table.files) for table in source.items)
+        files = ", ".join(dict.fromkeys([items, *source.events.files]))
         roles = " and ".join(["test"] * row.test + ["fine-tune"] * row.finetune)
         print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
-              f"{row.negatives:4} negatives\n{'':12} {source.home}\n{'':12} {', '.join(files)}")
+              f"{row.negatives:4} negatives\n{'':12} {source.home}\n{'':12} {files}")
 
 
 def arguments(argv):
@@ -800,7 +803,7 @@ def arguments(argv):
     add("--list", action="store_true", help="print the datasets, their raw files and home pages")
     add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
     add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
-    add("--out", default="data", help="folder to write <dataset>/ into (--data of the other scripts)")
+    add("--out", default="data", type=common.folder, help="folder to write <dataset>/ into (the others' --data)")
     add("--test-size", type=common.whole, metavar="SAMPLES",
         help="if not given: 20000 for the paper's test sets, else 0")
     add("--train-size", type=common.whole, metavar="SAMPLES",

@@ -36,7 +36,7 @@ def arguments(argv):
     add("--model", help="hub id, local folder or a short name, as for finetune.py")
     add("--sources", nargs="+", metavar="SOURCE", help="datasets to train on, one row each; a+b: trained on both")
     add("--targets", nargs="+", metavar="TARGET", help="datasets to test on, one column each")
-    add("--out", metavar="DIR", help="folder of the matrix")
+    add("--out", metavar="DIR", type=common.folder, help="folder of the matrix")
     add("--metric", choices=[m for m in common.METRIC_NAMES if m != "logloss"], default="auc", help="in the cells")
     add("--k", nargs="+", type=common.positive, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
@@ -272,7 +272,8 @@ def notes(matrix):
     warnings = {
         "Zero-shot collapse, scores as good as chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
         "Unstable training, validation fell by over 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
-        "Validated on other sets": [r["source"] for r in rows if {*r["training"].get("valid_chain", [])} - {*r["train"]}],
+        "Validated on other sets": [r["source"] for r in rows
+                                    if {*r["training"].get("valid_chain", [])} - {*r["train"]}],
         "Failed": matrix["failed"],
         "Without a cell, so not ranked in RRA@K, where others move up":
             [row["source"] for row in rows[1:] if "+" not in row["source"] and not any(row["cells"].values())]}
@@ -317,7 +318,8 @@ def compare(folders):
         means = [f"{mean(m, letter, names):.3f}" for letter, names in targets.items()]
         lines.append([f"{m['model']}, {m['type']} ({folder})", *means, gap])
     return "\n".join([common.markdown_table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
-                      "- Means over targets (how many) that have the setting, or H and G, of sources in every matrix."])
+                      "- Means over the targets with cells of the letter (in brackets: how many; H - G: of both),",
+                      "  of sources that every matrix has."])
 
 # ------------------------------------------------------------------------------------------------------------ picture
 

@@ -216,6 +216,9 @@ def test_errors_that_the_user_can_mend(data, tmp_path, folders, capsys, monkeypa
     assert "'0' is not a whole number of at least 1" in error("--model", "random", "--test", "mind", "--limit-users", 0)
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
+    assert "file' is a file; it takes a folder" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA GPU" in error(*llama, "--device", "cuda:1")
     assert "file" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "file" / "out")
     assert not list((tmp_path / "out").glob("*.json"))
 

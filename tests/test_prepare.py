@@ -410,7 +410,7 @@ def test_bad_file_is_one_line(tmp_path, name, file, change, says):
     (["movie"], "unknown dataset 'movie'"), ([], "name the datasets"), (["movielens", "--seed", "x"], "--seed"),
     (["movielens", "--max-history", "0"], "--max-history"), (["news-a"], "unknown"),
     (["mind", "--raw", "/nowhere"], "msnews"), (["mind", "--from-recbench", "/nowhere"], "kaggle"),
-    (["yelp", "--test-size", "0", "--train-size", "0"], "no samples"),
+    (["yelp", "--test-size", "0", "--train-size", "0"], "nothing to write"),
 ])
 def test_bad_command_is_one_line(tmp_path, args, says):
     code, _, err = run("--raw", RAW, "--out", tmp_path, *args)
