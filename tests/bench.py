@@ -9,7 +9,8 @@ Weights and titles are random; nothing is downloaded. One JSON line a case; its 
     embed              one_at_a_time: each distinct text by itself through the whole language model, as in the authors'
                        code; batched: both texts of every sample; packed: score_embeddings, each distinct text once
     train              a step on 32 samples. one_at_a_time: as in score; authors: all 32 in one batch, as in their code;
-                       batched, packed: train_step. Compared: gradients without dropout, as a share of the largest
+                       batched, packed: train_step. Without dropout, so that gradients (as a share of the largest) can
+                       be compared
     metrics            all of them, without intervals. one_at_a_time: user by user; packed: all users at once
 matmul_share = counted operations / seconds of `packed` / rate of a large matrix product of the same dtype (gflops).
 Counted are 2 for each weight of the decoder's layers and token, padding left out, and 4 x width for each pair of tokens
@@ -115,10 +116,6 @@ def report(args, samples, calls, rows=(), unpacked=None, model=None, training=Fa
     """Time the calls, functions that return scores or gradients, and print the case."""
     times, answers = race(args.device, args.rounds, calls)
     share = gflops = None
-    if training:  # compared without dropout
-        for module in (module for module in model.modules() if isinstance(module, torch.nn.Dropout)):
-            module.p = 0.0
-        answers = race(args.device, 1, {name: calls[name] for name in ("one_at_a_time", "packed")})[1]
     if rows:
         size, kind = 8192 if "cuda" in args.device else 2048, dict(device=args.device, dtype=getattr(torch, args.dtype))
         a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
@@ -177,8 +174,8 @@ def embed_case(args, scorer, users, every_logit):
 
 
 def train_case(args, scorer, users, heads):
-    """A step of finetune.py at its defaults, on the first batch of an epoch; texts are tokenised beforehand."""
-    options = finetune.arguments(["--model", "-", "--train", "mind", "--out", "-"])
+    """A step of finetune.py without dropout, on the first batch of an epoch; texts are tokenised beforehand."""
+    options = finetune.arguments(["--model", "-", "--train", "mind", "--out", "-", "--lora-dropout", "0"])
     scorer = finetune.add_lora(options, scorer)
     parameters = [p for p in scorer.model.parameters() if p.requires_grad]
     for p in parameters:  # half of them are zero at first, and with them the gradients of the others
