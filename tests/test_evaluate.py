@@ -214,6 +214,7 @@ def test_errors_that_the_user_can_mend(data, tmp_path, folders, capsys, monkeypa
     assert "no.json is missing" in error(*llama, "--prompt", tmp_path / "no.json")
     assert "--bogus" in error("--model", "random", "--test", "mind", "--bogus", 1)
     assert "'0' is not a whole number of at least 1" in error("--model", "random", "--test", "mind", "--limit-users", 0)
+    assert "below 2**31" in error("--model", "random", "--test", "mind", "--seed", 10**20)
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
     assert "file' is a file; it takes a folder" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
