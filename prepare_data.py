@@ -614,33 +614,16 @@ def from_recbench(name, folder, args):
     Kept as they are: duplicates, users of one class, positives that stand in the history. Of several rows of one user
     or item the last counts, as in the authors' code. Raises UserError.
     """
-    if args.test_size or args.train_size or args.positives or args.negatives:
-        raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
     user, item, history, label, *attributes = RECBENCH[name].split()
     files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
-    lines = {part: {} for part in ("test", "finetune") if f"{part}.parquet" in files}  # of a user, by user
-    if not lines or not {"items.parquet", "users.parquet"} <= files.keys():
+    parts = [part for part in ("test", "finetune") if f"{part}.parquet" in files]
+    if not parts or not {"items.parquet", "users.parquet"} <= files.keys():
         raise UserError(f"{folder} lacks items.parquet, users.parquet, or test.parquet and finetune.parquet; "
                         "get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     plan = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True}
     if unchanged(args.out, name, plan, files, args.overwrite):
         return
-    for part, users in lines.items():
-        for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
-            if liked not in (0, 1):
-                raise UserError(f"{folder / part}.parquet: the label of user {who} is {liked!r}, neither 0 nor 1")
-            line = users.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
-            line["candidates"].append(str(what))
-            line["labels"].append(int(liked))
-    for who, past in parquet_rows(folder / "users.parquet", user, history):
-        if isinstance(past, str):
-            raise UserError(f"{folder / 'users.parquet'}: the history of user {who} is a string, not a list of items")
-        for users in lines.values():
-            if str(who) in users:
-                users[str(who)]["history"] = [str(one) for one in past or []][-args.max_history:]
-    for line in chain(*(users.values() for users in lines.values())):
-        if line["history"] is None:
-            raise UserError(f"{folder}: user {line['user']} has samples, but is not in users.parquet")
+    lines = read_samples(folder, parts, user, item, history, label, args.max_history)
     tuned = lines.get("finetune", {})
     valid = set(lowest(tuned, max(1, len(tuned) // 10), functools.partial(common.digest, args.seed, name)))
     if "valid_user_set_0.1.txt" in files:
@@ -654,6 +637,31 @@ def from_recbench(name, folder, args):
         if str(one) in texts:
             texts[str(one)] = described(attributes, values)
     write_dataset(args.out, name, texts, splits, {"plan": plan, "raw": files})
+
+
+def read_samples(folder, parts, user, item, history, label, max_history):
+    """{part: {user: line}} of the parquet files of the parts and of users.parquet; user to label: names of columns.
+
+    Raises UserError where a sample would be misread.
+    """
+    lines = {part: {} for part in parts}
+    for part, users in lines.items():
+        for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
+            if liked not in (0, 1):
+                raise UserError(f"{folder / part}.parquet: the label of user {who} is {liked!r}, neither 0 nor 1")
+            line = users.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
+            line["candidates"].append(str(what))
+            line["labels"].append(int(liked))
+    for who, past in parquet_rows(folder / "users.parquet", user, history):
+        if isinstance(past, str):
+            raise UserError(f"{folder / 'users.parquet'}: the history of user {who} is a string, not a list of items")
+        for users in lines.values():
+            if str(who) in users:
+                users[str(who)]["history"] = [str(one) for one in past or []][-max_history:]
+    for line in chain(*(users.values() for users in lines.values())):
+        if line["history"] is None:
+            raise UserError(f"{folder}: user {line['user']} has samples, but is not in users.parquet")
+    return lines
 
 
 def parquet_rows(path, *columns):
@@ -820,6 +828,8 @@ def arguments(argv):
     for name in args.names:
         if name not in (*SOURCES, "demo"):
             raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
+    if args.from_recbench and (args.test_size or args.train_size or args.positives or args.negatives):
+        raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
     return args
 
 
