@@ -524,7 +524,6 @@ MODELS = {  # short names; any hub id or local folder works too
 }
 
 
-
 def load_scorer(args):
     """A Scorer for args.model and args.type, in evaluation mode on args.device; flags as in shared_arguments.
 

@@ -9,8 +9,7 @@ Weights and titles are random; nothing is downloaded. One JSON line a case; its 
     embed              one_at_a_time: each distinct text by itself through the whole language model, as in the authors'
                        code; batched: both texts of every sample; packed: score_embeddings, each distinct text once
     train              a step on 32 samples. one_at_a_time: as in score; authors: all 32 in one batch, as in their code;
-                       batched, packed: train_step. Without dropout, so that gradients (as a share of the largest) can
-                       be compared
+                       batched, packed: train_step. Without dropout; compared are gradients, as a share of the largest
     metrics            all of them, without intervals. one_at_a_time: user by user; packed: all users at once
 matmul_share = counted operations / seconds of `packed` / rate of a large matrix product of the same dtype (gflops).
 Counted are 2 for each weight of the decoder's layers and token, padding left out, and 4 x width for each pair of tokens
