@@ -41,18 +41,17 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
-    names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
-    metas = {name: common.read_meta(args.data, name) for name in names}
+    metas = read_metas(args)
+    names = list(metas)
     if args.model in common.BASELINES and args.adapter:
         raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
     run = common.read_run(args.adapter, args.model, args.type)
-    jobs = {name: describe(args, metas[name]) for name in names}
+    job = describe(args)
+    jobs = {name: {**job, "data_sha256": meta["sha256"]} for name, meta in metas.items()}
     for key in ("prompt", "chat_template", "pooling", "max_length"):
-        if run and run["arguments"].get(key) != jobs[names[0]][key]:
+        if run and run["arguments"].get(key) != job[key]:
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
-    for name in names:  # a split that is missing, or what is in the way of its results: said before the first is scored
-        common.read_users(args.data, name, args.split)
-    before = {name: finished(args, name, jobs[name]) for name in names}
+    before = {name: finished(args, name, jobs[name]) for name in names}  # an obstacle is said before any scoring
     scorer, results = None, []
     for name in names:
         setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
@@ -69,6 +68,15 @@ def main(argv=None):
     print(table(results))
 
 
+def read_metas(args):
+    """meta.json of the datasets to score, {dataset: meta}. Raises UserError where one or its split is missing."""
+    names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
+    metas = {name: common.read_meta(args.data, name) for name in names}
+    for name in names:
+        common.read_users(args.data, name, args.split)
+    return metas
+
+
 def prepared(args):
     """Every dataset in --data that has the split, in the benchmark's order."""
     names = [n for n in [*common.DATASETS, *common.DEMO] if Path(args.data, n, f"{args.split}.jsonl").exists()]
@@ -80,13 +88,13 @@ def prepared(args):
     return names
 
 
-def describe(args, meta):
-    """Everything that the scores depend on; results made under another description are not taken for these."""
+def describe(args):
+    """All but the data that the scores depend on; results made under another description are not taken for these."""
     keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "seed")
     return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
             "dtype": common.placement(args)[1],
             "model": common.fingerprint(args.model) or common.MODELS.get(args.model, args.model),  # folders may move
-            "adapter": common.fingerprint(args.adapter), "data_sha256": meta["sha256"]}
+            "adapter": common.fingerprint(args.adapter)}
 
 
 def finished(args, name, job):

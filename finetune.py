@@ -89,9 +89,7 @@ def chosen_sets(args):
 def main(argv=None):
     args = arguments(argv)
     start_processes(args)
-    metas = {name: common.read_meta(args.data, name) for name in {*args.train, *args.valid}}
-    for name, split in [*((name, "train") for name in args.train), *((name, "valid") for name in args.valid)]:
-        common.read_users(args.data, name, split)  # one that is missing is said before the model is loaded
+    metas = read_metas(args)
     earlier = common.read_run(args.init_adapter, args.model, args.type)
     if earlier:  # the adapter brings its own shape
         shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
@@ -353,6 +351,15 @@ def report(args, run):
 # ------------------------------------------------------------------------------------------------- data, model, folder
 
 
+def read_metas(args):
+    """meta.json of the datasets to train and validate on, {dataset: meta}. Raises UserError as evaluate.read_metas."""
+    metas = {name: common.read_meta(args.data, name) for name in {*args.train, *args.valid}}
+    for split in ("train", "valid"):
+        for name in getattr(args, split):
+            common.read_users(args.data, name, split)
+    return metas
+
+
 def read_users(args, name, split):
     """The users of a split, [(history texts, candidate texts, labels)], and how many texts of the dataset were cut."""
     items, cut = common.read_items(args.data, name)
@@ -423,20 +430,21 @@ def finished(args, job):
     Clears what a run left that was killed before its first evaluation or, by --overwrite, any.
     """
     files = [path for name in FILES if (path := Path(args.out, name)).exists()]
-    told = files and files[-1].name == "run.json" and not args.overwrite
-    run = common.read_json(files[-1]) if told else {}
-    if files and not args.overwrite and "arguments" not in run:
-        raise UserError(f"nothing says how {files[-1]} was made: choose another --out or give --overwrite")
-    if args.overwrite or not {"state.pt", "adapter_model.safetensors"} & {path.name for path in files}:
-        for path in files:  # run.json last: what is there is never without its description
-            path.unlink()
-        return False
-    earlier = run["arguments"]
-    if job["model_fingerprint"] and job["model_fingerprint"] == earlier.get("model_fingerprint"):
-        earlier["model"] = job["model"]  # a folder may move
-    if changed := [key for key in job if job[key] != earlier.get(key, ...)]:
-        raise UserError(f"{args.out} holds a run with other {', '.join(changed)}: choose another --out or --overwrite")
-    return run["finished"]
+    if files and not args.overwrite:
+        run = common.read_json(files[-1]) if files[-1].name == "run.json" else {}
+        if "arguments" not in run:
+            raise UserError(f"nothing says how {files[-1]} was made: choose another --out or give --overwrite")
+        if {"state.pt", "adapter_model.safetensors"} & {path.name for path in files}:
+            earlier = run["arguments"]
+            if job["model_fingerprint"] and job["model_fingerprint"] == earlier.get("model_fingerprint"):
+                earlier["model"] = job["model"]  # a folder may move
+            if changed := [key for key in job if job[key] != earlier.get(key, ...)]:
+                raise UserError(f"{args.out} holds a run with other {', '.join(changed)}: "
+                                "choose another --out or --overwrite")
+            return run["finished"]
+    for path in files:  # run.json last: what is there is never without its description
+        path.unlink()
+    return False
 
 # --------------------------------------------------------------------------------------------------- several processes
 

@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ import evaluate
 import finetune
 from common import UserError, say
 
+# A training or a cell: module, arguments, command line, the file that it writes last, whether that is there.
+Piece = namedtuple("Piece", "script argv line result there")
 ZERO = "zero-shot"
 SIGN = {"better": "▲", "worse": "▼", "": ""}
 
@@ -70,22 +73,17 @@ def main(argv=None):
         return print(compare(args.compare))
     pieces = {(s, t): piece(args, s, t) for s in [ZERO, *args.sources] for t in [None, *args.targets]}
     del pieces[ZERO, None]
-    for script, argv, *_ in pieces.values():  # what is in the way is said before hours of training
-        given = script.arguments(argv)
-        for split, names in ([(given.split, given.test)] if script is evaluate else
-                             [("train", given.train), ("valid", given.valid)]):
-            for name in names:
-                common.read_meta(given.data, name)
-                common.read_users(given.data, name, split)
+    for this in pieces.values():  # what is in the way is said before hours of training
+        this.script.read_metas(this.script.arguments(this.argv))
     if args.dry_run:
-        for this in sorted(pieces.values(), key=lambda piece: piece[0] is evaluate):  # trainings first
-            perform(*this) if this[4] else print(this[2])
+        for this in sorted(pieces.values(), key=lambda this: this.script is evaluate):  # trainings first
+            perform(this) if this.there else print(this.line)
         return None
     done = {}
     for (source, target), this in pieces.items():
         # no cells without their training
-        if (target is None or source == ZERO or (source, None) in done) and perform(*this):
-            done[source, target] = this[3]
+        if (target is None or source == ZERO or (source, None) in done) and perform(this):
+            done[source, target] = this.result
     matrix = analyse(args, done)
     matrix["failed"] = [f"{s} on {t}" if t else f"training on {s}" for s, t in pieces if (s, t) not in done]
     try:
@@ -100,7 +98,7 @@ def main(argv=None):
 
 
 def piece(args, source, target=None):
-    """A row's training or, given a target, a cell: (script, arguments, command line, its last file, is that there?)."""
+    """The Piece that is a row's training or, given a target, a cell."""
     run, out = Path(args.out, "runs", source), Path(args.out, "cells", source)
     argv = ["--model", args.model, *shared_flags(args)]
     if target is None:
@@ -112,7 +110,7 @@ def piece(args, source, target=None):
         argv += ["--test", target, "--out", str(out), *args.evaluate_args]
     line = shlex.join(["python", os.path.relpath(script.__file__), *argv])
     there = not args.overwrite and result.exists() and common.read_json(result).get("finished", True)
-    return script, argv, line, result, there
+    return Piece(script, argv, line, result, there)
 
 
 def shared_flags(args):
@@ -123,22 +121,22 @@ def shared_flags(args):
     return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
 
 
-def perform(script, argv, line, _, there):
+def perform(this):
     """Run a piece; returns whether it succeeded. Raises UserError where it is there, but made with other arguments."""
-    if there:  # its script will say
+    if this.there:  # its script will say
         with contextlib.redirect_stdout(io.StringIO()) as heard, contextlib.redirect_stderr(heard):
-            if common.run(script.main, argv):
+            if common.run(this.script.main, this.argv):
                 raise UserError(heard.getvalue().removeprefix("error: "))
         return True
-    print(f"$ {line}", flush=True)
+    print(f"$ {this.line}", flush=True)
     try:
-        code = common.run(script.main, argv)
+        code = common.run(this.script.main, this.argv)
     except Exception as error:  # whatever it is, say out of memory: the other cells are still worth having
         code = say(f"error: {type(error).__name__}: {error}") or 1
     if code == 130:  # Ctrl-C
         sys.exit(code)
     if code:
-        say(f"failed, left empty: {line}")
+        say(f"failed, left empty: {this.line}")
     return not code
 
 # ----------------------------------------------------------------------------------------------------------- analysis
@@ -303,13 +301,13 @@ def compare(folders):
     if len(metrics := {matrix["metric"] for matrix in matrices}) > 1:
         raise UserError(f"the matrices hold different metrics: {', '.join(sorted(metrics))}")
     cell = lambda m, source, t: next((row["cells"].get(t) or {} for row in m["rows"] if row["source"] == source), {})
-    sources, targets = ([row["source"] for row in matrices[0]["rows"]], matrices[0]["targets"])
+    sources, targets = [row["source"] for row in matrices[0]["rows"]], matrices[0]["targets"]
     for t in targets:
         cells = [row["cells"][t] for m in matrices for row in m["rows"] if row["cells"].get(t)]
         if len({(c["data_sha256"], c["n_users"]) for c in cells}) > 1:
             raise UserError(f"the matrices were tested on different users of {t}")
     alike = lambda letter, t: [s for s in sources if all(cell(m, s, t).get("setting") == letter for m in matrices)]
-    have = {letter: {t: alike(letter, t) for t in targets if alike(letter, t)} for letter in common.SETTINGS}
+    have = {letter: {t: found for t in targets if (found := alike(letter, t))} for letter in common.SETTINGS}
     mean = lambda m, letter, names: np.mean([np.mean([cell(m, s, t)["value"] for s in have[letter][t]]) for t in names])
     targets, both = {letter: names for letter, names in have.items() if names}, [t for t in have["G"] if t in have["H"]]
     lines = [[*metrics, *(f"{letter} ({len(names)})" for letter, names in targets.items()), f"H - G ({len(both)})"]]
