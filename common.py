@@ -1,37 +1,56 @@
 """RecBench-MD in one module: how well do foundation models recommend? (arXiv 2508.21354)
 
-15 datasets in 10 domains. A sample is (user history, candidate item, liked or not); a model is asked for a score of
-every candidate, in one of two ways, and the scores of a user's candidates are compared with the labels:
+A worked sample. A user's history holds two items, and one candidate is asked about. The model reads this prompt:
 
-    prompt   a text shows history and candidate and ends where the answer goes;  score = logit(yes) - logit(no)
-    embed    one text for the user, one for the item;                            score = cosine of their embeddings
+    A user liked these items, oldest first:
+    1. rocket orbit comet report
+    2. galaxy and lunar : gravity news
 
-In reading order: the benchmark and its settings, prompts, prompt scoring, embedding scoring, models, baselines,
-metrics, intervals, files and command lines. Sections and tables cited are the paper's.
+    Would the user also like this item? Answer with Yes or No.
+    telescope nebula after planet
+    Answer:
+
+and gives a logit to every token that might come next: 2.1 to " Yes", 1.4 to " No". The candidate's score is the
+difference, 0.7. Another candidate of this user, about football, gets -0.2. The user liked the first (label 1) and not
+the second (label 0): the positive stands above the negative, so this user's AUC is 1.
+
+That is prompt-based scoring. Embedding-based scoring needs no answer: the history is one text, the candidate another,
+and the score is the cosine of their embeddings.
+
+In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, metrics, intervals,
+files and flags. Sections and tables cited are the paper's.
 """
 import argparse
-import functools
 import hashlib
 import inspect
 import json
 import math
 import os
 import re
-import resource
 import sys
 import warnings
-from bisect import bisect_left
-from collections import Counter, namedtuple
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------- the benchmark
 
-Dataset = namedtuple("Dataset", "domain test finetune kind positives negatives")  # caps a user; kind: prepare_data.py
+class UserError(Exception):
+    """Anything that the user can fix: printed as one line on standard error, exit code 2."""
+
+# ------------------------------------------------------------------------------------------- datasets and settings
+
+
+class Dataset(NamedTuple):
+    domain: str
+    test: bool  # one of the paper's ten test sets
+    finetune: bool  # one of the paper's ten fine-tune sets
+    kind: str  # impressions, ratings or sequences: how candidates are chosen, see prepare_data.py
+    positives: int  # candidates per user, at most
+    negatives: int
+
 
 DATASETS = {
     "mind":        Dataset("news", True, True, "impressions", 10, 10),
@@ -50,465 +69,511 @@ DATASETS = {
     "hotelrec":    Dataset("hotel", True, False, "ratings", 2, 25),
     "yelp":        Dataset("restaurant", True, False, "ratings", 2, 10),
 }
-DEMO = {  # built by `prepare_data.py demo`, needs no download
+DEMO = {  # made by `prepare_data.py demo`, no download
     "news-a":  Dataset("news", True, True, "demo", 4, 4),
     "news-b":  Dataset("news", True, True, "demo", 4, 4),
     "books-a": Dataset("book", True, True, "demo", 4, 4),
     "books-b": Dataset("book", True, True, "demo", 4, 4),
     "shop":    Dataset("shop", True, True, "demo", 4, 4),
 }
+DOMAINS = {name: row.domain for name, row in {**DATASETS, **DEMO}.items()}
 SETTINGS = {
-    "A": "zero-shot, single dataset",
-    "B": "zero-shot, multi-domain",
-    "C": "single-domain single-dataset",
-    "D": "single-domain cross-dataset",
-    "E": "single-domain multi-dataset",
-    "F": "cross-domain cross-dataset",
-    "G": "multi-domain multi-dataset, target held out",
-    "H": "multi-domain multi-dataset, joint",
+    "A/B": "zero-shot (A: one dataset by itself, B: over several; the scores are the same)",
+    "C": "single-domain single-dataset: the target alone",
+    "D": "single-domain cross-dataset: the target's domain without the target",
+    "E": "single-domain multi-dataset: the target's domain with the target",
+    "F": "cross-domain cross-dataset: one other domain",
+    "G": "multi-domain multi-dataset, without the target",
+    "H": "multi-domain multi-dataset, with the target",
 }
 
 
-def setting_of(train, target, single=False):
+def setting_of(train, target, domains=DOMAINS):
     """The letter of the setting in which a model trained on the datasets `train` is tested on `target` (section 4).
 
-    train: names, in any order, empty for zero-shot. single: the evaluation is given one dataset only (A instead of B).
-    B, C, E, F and H are stated in the paper; A, D and G follow from the pattern.
+    domains: {dataset: domain}. The paper states B, C, E, F and H; A, D and G follow from the pattern.
     """
-    train, home = set(train), dataset(target).domain
-    domains = {dataset(name).domain for name in train}
+    trained_domains = {domains[name] for name in train}
     if not train:
-        return "A" if single else "B"
+        return "A/B"
+    if set(train) == {target}:
+        return "C"
+    if trained_domains == {domains[target]}:
+        return "E" if target in train else "D"
     if target in train:
-        return "C" if train == {target} else "E" if domains == {home} else "H"
-    if domains == {home}:
-        return "D"
-    return "F" if len(train) == 1 else "G"
+        return "H"
+    if len(trained_domains) == 1:
+        return "F"
+    return "G"
 
+# -------------------------------------------------------------------------------------------------------- prompts
 
-def training_sets(setting, target):
-    """The datasets that a setting trains on for a target: the largest choice that the letter allows.
-
-    Raises UserError where the setting does not exist for the target, and for F, which is any one set of another domain.
-    """
-    universe = DEMO if target in DEMO else DATASETS
-    trainable = [name for name, row in universe.items() if row.finetune]
-    same = [name for name in trainable if universe[name].domain == dataset(target).domain]
-    if setting not in SETTINGS:
-        raise UserError(f"unknown setting {setting!r}; there are {', '.join(SETTINGS)}")
-    if setting == "F":
-        raise UserError("setting F trains on one dataset of another domain: name it with --train "
-                        f"(not {', '.join(same) or target})")
-    sets = {"A": [], "B": [], "C": [target], "D": [n for n in same if n != target], "E": same,
-            "G": [n for n in trainable if n != target], "H": trainable}[setting]
-    if setting in "CEH" and target not in trainable:
-        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: it is no fine-tune set "
-                        f"of the benchmark (--train {target} trains on it all the same)")
-    if setting_of(sets, target, setting == "A") != setting:
-        raise UserError(f"setting {setting} ({SETTINGS[setting]}) does not exist for {target}: its domain "
-                        f"({dataset(target).domain}) has {len(same)} fine-tune set(s): {', '.join(same) or 'none'}")
-    return sets
-
-
-def dataset(name):
-    """The benchmark's row of a dataset. Raises UserError with the valid names."""
-    if name not in DATASETS and name not in DEMO:
-        raise UserError(f"unknown dataset {name!r}; there are {', '.join([*DATASETS, *DEMO])}")
-    return DATASETS.get(name) or DEMO[name]
-
-
-def check_names(names):
-    """The names in their order, each a known dataset and none twice. Raises UserError."""
-    for name in names:
-        dataset(name)
-    return list(dict.fromkeys(names))
-
-# ---------------------------------------------------------------------------------------------------------- prompts
-
-PROMPT = {  # --prompt FILE.json replaces any of these; the candidate comes late, since packing shares what precedes it
-    # of a prompt: "prompt", "answers"; of the two texts to embed: "user", "candidate"; of both: the others
-    "item": "{n}. {text}",
-    "join": "\n",
+# The wording; --prompt FILE.json replaces any of these. What all candidates of a user share comes first, since packing
+# computes it once.
+PROMPT = {
+    "item": "{n}. {text}",  # one item of the history
+    "join": "\n",  # between two of them
     "prompt": "A user liked these items, oldest first:\n{history}\n\n"
               "Would the user also like this item? Answer with Yes or No.\n{candidate}\nAnswer:",
-    "user": "A user liked these items, oldest first:\n{history}",
+    "user": "A user liked these items, oldest first:\n{history}",  # the two texts of embedding-based scoring
     "candidate": "{candidate}",
     "answers": [" Yes", " No"],
     "special_tokens": True,  # the tokenizer adds its own, such as BOS
 }
-TEXT_LIMIT = 512  # characters of an item text that a prompt may hold
+SLOTS = [("item", "{text}"), ("prompt", "{history}"), ("prompt", "{candidate}"), ("user", "{history}"),
+         ("candidate", "{candidate}")]  # what each template must hold
+TEXT_LIMIT = 512  # characters of an item text that are used
 
 
 def load_prompt(path=None):
-    """PROMPT, its entries replaced by those of the JSON file at path. Raises UserError on a wrong key or value."""
-    own = read_json(path) if path else {}
-    if not isinstance(own, dict) or (unknown := sorted(set(own) - set(PROMPT))):
-        what = f"unknown key {unknown[0]!r}" if isinstance(own, dict) else "no JSON object"
-        raise UserError(f"{path}: {what}; a prompt file is a JSON object with keys out of {', '.join(PROMPT)}")
-    prompt = {**PROMPT, **own}
-    wrong = [key for key in prompt if type(prompt[key]) is not type(PROMPT[key])]
-    if wrong or len(prompt["answers"]) != 2 or not all(isinstance(word, str) and word for word in prompt["answers"]):
-        raise UserError(f"{path}: wrong value for {', '.join(wrong) or 'answers'}; the type is that of "
-                        f"{json.dumps({key: PROMPT[key] for key in wrong or ['answers']})}")
-    for key, place in [("item", "text"), ("prompt", "history"), ("prompt", "candidate"), ("user", "history"),
-                       ("candidate", "candidate")]:
-        if "{%s}" % place not in prompt[key]:
-            raise UserError(f'{path}: "{key}" lacks {{{place}}}')
+    """PROMPT with the entries of the JSON file at `path` in place of its own. Raises UserError on a wrong entry."""
+    if path is None:
+        return PROMPT
+    changes = read_json(path)
+    if not isinstance(changes, dict):
+        raise UserError(f"{path} is not a JSON object")
+    for key, value in changes.items():
+        if key not in PROMPT:
+            raise UserError(f"{path}: unknown key {key!r}; the keys are {', '.join(PROMPT)}")
+        if type(value) is not type(PROMPT[key]):
+            raise UserError(f"{path}: {key} must be of the type of {json.dumps(PROMPT[key])}")
+    prompt = {**PROMPT, **changes}
+    for key, slot in SLOTS:
+        if slot not in prompt[key]:
+            raise UserError(f"{path}: {key} lacks {slot}")
+    words = [word for word in prompt["answers"] if isinstance(word, str) and word.strip()]
+    if len(prompt["answers"]) != 2 or len(words) != 2:
+        raise UserError(f"{path}: answers must be two words, such as {json.dumps(PROMPT['answers'])}")
     return prompt
 
 
 def fill(template, **values):
-    """Insert values at {name} in one pass: braces inside a value, even "{candidate}", stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+    """The template with each {name} replaced by its value, in one pass: braces inside a value stay as they are."""
+    pieces = re.split(r"\{(\w+)\}", template)  # text, name, text, name, ..., text
+    for i in range(1, len(pieces), 2):
+        name = pieces[i]
+        pieces[i] = str(values[name]) if name in values else "{" + name + "}"
+    return "".join(pieces)
 
 
-def history_lines(prompt, history):
-    """The history (texts, oldest first) as numbered lines."""
-    return prompt["join"].join(fill(prompt["item"], n=n, text=text) for n, text in enumerate(history, 1))
+def history_text(prompt, history):
+    """The history (item texts, oldest first) as numbered lines."""
+    lines = [fill(prompt["item"], n=n, text=text) for n, text in enumerate(history, 1)]
+    return prompt["join"].join(lines)
 
 
 def candidate_prompts(prompt, history, candidates):
-    """One prompt a candidate: each shows the whole history and that candidate (section 3, prompt-based)."""
-    lines = history_lines(prompt, history)
-    return [fill(prompt["prompt"], history=lines, candidate=text) for text in candidates]
+    """The prompts of one user, one per candidate: each shows the whole history and one candidate (section 3)."""
+    shared = history_text(prompt, history)
+    return [fill(prompt["prompt"], history=shared, candidate=text) for text in candidates]
 
 
-def shorten(encode, render, history, candidates, limit):
-    """Make a user's longest text fit `limit` tokens: drop the oldest items; if one is left and still too long, halve.
+def render_chat(tokenizer, text, word):
+    """The text as a user's message in the tokenizer's chat template, up to where the assistant's answer starts.
 
-    encode: texts -> token ids; render: (history, candidates) -> texts. Returns (token ids of each text, number of items
-    dropped, number of times halved). All texts of a user are cut alike, so they still share their history.
+    Returns (text before the answer, the answer as the template writes it). The template decides what stands before the
+    answer: a line break (GLM-4) belongs to the text, a space (Mistral, Llama-2) to the answer, since tokenizers join a
+    space to the word after it. So an answer is rendered, too, and cut off again.
     """
-    longest = lambda drop: max(map(len, encode(render(history[drop:], candidates))))
-    dropped = bisect_left(range(len(history) - 1), True, key=lambda drop: longest(drop) <= limit)
-    history, halved = history[dropped:], 0
-    while max(map(len, ids := encode(render(history, candidates)))) > limit:
-        if not any(history) and not any(candidates):
-            raise UserError(f"the prompt alone is longer than {limit} tokens: raise --max-length or shorten the prompt")
-        history, candidates = ([text[:len(text) // 2] for text in texts] for texts in (history, candidates))
-        halved += 1
-    return ids, dropped, halved
+    word = word.strip()
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": word}]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        before = rendered[:rendered.rindex(word)]
+    except Exception as error:  # there is no template, it is broken, or it leaves the assistant's answer out
+        raise UserError(f"--chat-template: {str(error)[:300]}") from None
+    if before.endswith(" "):
+        return before.rstrip(" "), " " + word
+    return before, word
 
 
-def answer_token(tokenizer, context, word):
-    """The id that stands for an answer word after the text `context`.
+def answer_token(tokenizer, context, word, chat=False):
+    """The id of the token that stands for an answer word after the text `context`.
 
-    (a) tokens(context + word) = tokens(context) + one id: that id; (b) else the word's own entry in the vocabulary;
-    (c) else UserError with the tokens.
+    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Else the word's own entry in the vocabulary.
+    chat: the template has decided what stands before the word, so it is the first token that goes beyond the context.
+    Raises UserError where there is no such token.
     """
-    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + word))
-    if after[:-1] == before:
-        return after[-1]
+    before = tokenizer(context, add_special_tokens=False)["input_ids"]
+    after = tokenizer(context + word, add_special_tokens=False)["input_ids"]
+    added = after[len(before):] if after[:len(before)] == before else []
     vocabulary = tokenizer.get_vocab()
-    if (entry := next((w for w in (word, word.strip()) if w in vocabulary), None)) is not None:
-        return vocabulary[entry]
-    before, after = tokenizer.convert_ids_to_tokens(before)[-3:], tokenizer.convert_ids_to_tokens(after)[-5:]
-    raise UserError(f"the answer {word!r} is no single token: ...{before} becomes ...{after}; "
-                    'choose other "answers" with --prompt')
+    token = None
+    if len(added) == 1 or (chat and added):
+        token = added[0]
+    elif not chat:
+        token = vocabulary.get(word, vocabulary.get(word.strip()))
+    if token is None or token == tokenizer.unk_token_id:
+        shown = tokenizer.convert_ids_to_tokens(after)[-5:]
+        raise UserError(f"the answer {word!r} is not a token of this tokenizer: the prompt ends in {shown} with it; "
+                        'choose other "answers" with --prompt')
+    return token
 
 
 def answer_tokens(tokenizer, prompt, chat_template=False):
-    """[yes, no]: the ids of the prompt's answers (see answer_token); in a chat the answer starts without a space."""
-    (context,), words = candidate_prompts(prompt, ["x"], ["x"]), prompt["answers"]
-    if chat_template:
-        context, words = chat(tokenizer, context), [word.strip() for word in words]
-    answers = [answer_token(tokenizer, context, word) for word in words]
-    if answers[0] == answers[1]:
-        raise UserError(f"both answers {words} are the token {tokenizer.convert_ids_to_tokens(answers)[0]!r}")
-    return answers
+    """[yes, no]: the token ids of the prompt's two answers. Raises UserError where they are the same token."""
+    context = candidate_prompts(prompt, ["x"], ["x"])[0]
+    tokens = []
+    for word in prompt["answers"]:
+        if chat_template:
+            before, rendered_word = render_chat(tokenizer, context, word)
+            tokens.append(answer_token(tokenizer, before, rendered_word, chat=True))
+        else:
+            tokens.append(answer_token(tokenizer, context, word))
+    if tokens[0] == tokens[1]:
+        shown = tokenizer.convert_ids_to_tokens(tokens)[0]
+        raise UserError(f"both answers {prompt['answers']} are the token {shown!r}")
+    return tokens
+
+# ------------------------------------------------------------------------------------------------- prompt scoring
+
+# In the order in which data flows: texts -> token ids -> packed rows -> batches -> arrays and mask -> logits at the
+# answers -> scores.
 
 
-def encode_texts(tokenizer, special_tokens, chat_template, open_ended, texts):
-    """Token ids of texts, tokenised whole. chat_template: wrapped by it, which brings its own BOS.
+class Scorer(NamedTuple):
+    """A model, ready to score. A user, here and below, is {"user": name, "history": texts, "candidates": texts}."""
+    name: str  # hub id or folder
+    model: torch.nn.Module
+    tokenizer: object
+    type: str  # "prompt" or "embed"
+    family: str  # "causal", "masked" or "seq2seq": see FAMILIES
+    layout: str  # how texts share a batch: "packed", "padded" or "equal" (lengths); see find_layout
+    prompt: dict  # the wording: see PROMPT
+    chat_template: bool
+    pooling: str  # "last", "mean" or "cls"
+    dense: object  # a layer after pooling, None for most models
+    limit: int  # tokens of a text, at most
+    max_tokens: int  # tokens of a forward pass, at most
 
-    open_ended: the answer comes next, so an EOS that the tokenizer adds is taken off. A text without any token (an item
-    without text, a tokenizer without BOS) is one EOS, so that it too has a state to read.
+
+class Row(NamedTuple):
+    """A row of a batch: suffixes (token ids) that each continue the prefix (token ids)."""
+    prefix: list
+    suffixes: list
+    indices: list  # of the scores that the suffixes give, among all scores of a call
+
+
+def user_texts(scorer, history, candidates):
+    """The texts that hold a user's history: a prompt per candidate or, to embed, the history alone."""
+    if scorer.type == "embed":
+        return [fill(scorer.prompt["user"], history=history_text(scorer.prompt, history))]
+    texts = candidate_prompts(scorer.prompt, history, candidates)
+    if scorer.family == "masked":  # the answer goes where the mask stands: at the end, unless the prompt has its own
+        mask = scorer.tokenizer.mask_token
+        texts = [text if mask in scorer.prompt["prompt"] else text + mask for text in texts]
+    return texts
+
+
+def encode(scorer, texts):
+    """Token ids of texts, each tokenised whole."""
+    special_tokens = scorer.prompt["special_tokens"]
+    if scorer.chat_template and scorer.type == "prompt":
+        texts = [render_chat(scorer.tokenizer, text, scorer.prompt["answers"][0])[0] for text in texts]
+        special_tokens = False  # the template has written them
+    if not texts:
+        return []
+    ids = scorer.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+    eos = scorer.tokenizer.eos_token_id
+    for i, row in enumerate(ids):
+        if scorer.type == "prompt" and scorer.family == "causal" and special_tokens and len(row) > 1 and row[-1] == eos:
+            ids[i] = row[:-1]  # the answer comes next, so the text has not ended
+        if not row:
+            ids[i] = [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
+    return ids
+
+
+def fit_history(scorer, user):
+    """(token ids of the user's texts, how many of the oldest items were dropped so that the longest text fits).
+
+    All texts of a user are cut alike, so they still share their history. Raises UserError where one item is too long.
     """
-    if chat_template:
-        texts, special_tokens = [chat(tokenizer, text) for text in texts], False
-    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"] if texts else []
-    if open_ended and special_tokens and tokenizer.eos_token_id is not None:
-        ids = [row[:-1] if len(row) > 1 and row[-1] == tokenizer.eos_token_id else row for row in ids]
-    return [row or [tokenizer.eos_token_id or 0] for row in ids]
+    history, dropped = user["history"], 0
+    ids = encode(scorer, user_texts(scorer, history, user["candidates"]))
+    while max(map(len, ids)) > scorer.limit:
+        if dropped >= len(history) - 1:
+            raise UserError(f"user {user['user']}: {max(map(len, ids))} tokens with one item of history, and at most "
+                            f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
+        dropped += 1
+        ids = encode(scorer, user_texts(scorer, history[dropped:], user["candidates"]))
+    return ids, dropped
 
 
-def chat(tokenizer, text):
-    """The text as a user's message in the tokenizer's own chat template, up to where the answer goes."""
-    message = [{"role": "user", "content": text}]
-    try:
-        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # there is none, or it is broken
-        raise UserError(f"--chat-template: {str(error)[:300]}") from None
+def encode_users(scorer, users):
+    """([token ids of each of the user's texts] per user, number of history items dropped per user)."""
+    texts = []
+    for user in users:
+        texts += user_texts(scorer, user["history"], user["candidates"])
+    ids = encode(scorer, texts)  # one call for all: tokenizers work in parallel
+    per_user, dropped, start = [], [], 0
+    for user in users:
+        end = start + (len(user["candidates"]) if scorer.type == "prompt" else 1)
+        texts_of_user, cut = ids[start:end], 0
+        if max(map(len, texts_of_user)) > scorer.limit:
+            texts_of_user, cut = fit_history(scorer, user)
+        per_user.append(texts_of_user)
+        dropped.append(cut)
+        start = end
+    return per_user, dropped
 
-# ---------------------------------------------------------------------------------------------------- prompt scoring
 
-# A model ready to score. family: "causal", "masked" or "seq2seq"; packs: whether prompts are packed; encode: texts ->
-# token lists; prompt: see PROMPT; pooling: "last" or "mean"; limit: tokens a prompt; max_tokens: tokens a forward pass.
-Scorer = namedtuple("Scorer", "name model tokenizer family packs encode prompt pooling limit max_tokens")
-# One row of a forward pass: token lists `rests` that each continue `prefix`, and `places`, where their results belong.
-Row = namedtuple("Row", "prefix rests places")
+def common_prefix(prompts):
+    """Number of tokens that all prompts start with. One token of each is left, where its answer is read."""
+    shortest = min(map(len, prompts))
+    for i in range(shortest - 1):
+        for prompt in prompts:
+            if prompt[i] != prompts[0][i]:
+                return i
+    return shortest - 1
 
 
-def pack(prompts, places, max_tokens):
-    """Rows that hold every prompt of one user once: their longest common token prefix, then what is left of each.
+def pack(prompts, first_index, max_tokens):
+    """The prompts of one user as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens (one suffix at least).
 
-    prompts: token lists, tokenised whole, so the result is that of separate prompts for any tokenizer. A rest keeps at
-    least one token, where the answer is read. A row longer than max_tokens is split into several with the same prefix.
+    prompts: token ids. Each was tokenised whole, so the result is that of separate prompts, for any tokenizer.
+    first_index: index of the first prompt's score.
     """
-    first, last = min(prompts), max(prompts)  # what the extremes in alphabetical order share, all share
-    differ = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
-    prefix = first[:min(differ, min(map(len, prompts)) - 1)]
-    rows, size = [], math.inf
-    for prompt, place in zip(prompts, places):
-        rest = prompt[len(prefix):]
-        if size + len(rest) > max_tokens:
-            rows.append(Row(prefix, [], []))
-            size = len(prefix)
-        rows[-1].rests.append(rest)
-        rows[-1].places.append(place)
-        size += len(rest)
+    shared = common_prefix(prompts)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        suffix = prompt[shared:]
+        if not rows or row_length(rows[-1]) + len(suffix) > max_tokens:
+            rows.append(Row(prompt[:shared], [], []))
+        rows[-1].suffixes.append(suffix)
+        rows[-1].indices.append(first_index + i)
     return rows
 
 
 def row_length(row):
     """Tokens of a row."""
-    return len(row.prefix) + sum(map(len, row.rests))
+    return len(row.prefix) + sum(map(len, row.suffixes))
 
 
-def fill_batches(lengths, max_tokens):
-    """Indices in batches, longest first, so that rows x longest <= max_tokens (one row at least).
+def rows_of(scorer, per_user):
+    """Rows of the prompts of several users, [[token ids]]; where the model must not pack, a row per prompt."""
+    rows, index = [], 0
+    for prompts in per_user:
+        if scorer.layout == "packed":
+            rows += pack(prompts, index, scorer.max_tokens)
+        else:
+            rows += [Row([], [prompt], [index + i]) for i, prompt in enumerate(prompts)]
+        index += len(prompts)
+    return rows
 
-    A batch also ends where the lengths fall below two thirds of its longest, so that little is spent on padding.
+
+def fill_batches(scorer, lengths):
+    """Indices of texts or rows in batches, longest first, of at most max_tokens with their padding (one at least).
+
+    A batch also ends where lengths fall below two thirds of its longest, so that little is spent on padding, and, for
+    a model that feels padding, where the length changes.
     """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    least = 1.0 if scorer.layout == "equal" else 2 / 3
     batches, longest = [], 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > max_tokens or 3 * lengths[index] < 2 * longest:
+    for i in order:
+        too_many = batches and (len(batches[-1]) + 1) * longest > scorer.max_tokens
+        if not batches or too_many or lengths[i] < least * longest:
             batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
+            longest = lengths[i]
+        batches[-1].append(i)
     return batches
 
 
 def lay_out(rows, pad):
-    """Rows as arrays (rows, longest): token ids, segment (0 prefix, 1.. rests, -1 padding), position; answer places.
+    """Rows as arrays (rows, longest): token ids, positions, segments; and (row, column) of each suffix's last token.
 
-    Positions restart after the prefix in every rest. The answers: (row, column) of the last token of each rest.
+    Segments: 0 for the prefix, 1, 2, ... for the suffixes, -1 for padding. Positions restart after the prefix in every
+    suffix, as if it alone followed the prefix.
     """
     shape = len(rows), max(map(row_length, rows))
-    ids, segment, position = np.full(shape, pad), np.full(shape, -1), np.zeros(shape, int)
+    ids = np.full(shape, pad)
+    positions = np.zeros(shape, int)
+    segments = np.full(shape, -1)
     answers = []
     for r, row in enumerate(rows):
-        shared = end = len(row.prefix)
-        ids[r, :end], segment[r, :end], position[r, :end] = row.prefix, 0, np.arange(end)
-        for number, rest in enumerate(row.rests, 1):
-            start, end = end, end + len(rest)
-            ids[r, start:end], segment[r, start:end] = rest, number
-            position[r, start:end] = np.arange(shared, shared + len(rest))
+        shared = len(row.prefix)
+        ids[r, :shared] = row.prefix
+        positions[r, :shared] = np.arange(shared)
+        segments[r, :shared] = 0
+        start = shared
+        for number, suffix in enumerate(row.suffixes, 1):
+            end = start + len(suffix)
+            ids[r, start:end] = suffix
+            positions[r, start:end] = np.arange(shared, shared + len(suffix))
+            segments[r, start:end] = number
             answers.append((r, end - 1))
-    return ids, segment, position, np.array(answers)
+            start = end
+    return ids, positions, segments, np.array(answers)
 
 
-def packed_mask(segment):
+def packed_mask(segments):
     """Who sees whom: a boolean tensor (rows, 1, length, length) from the segments (rows, length).
 
-    A token sees what stands before it in the prefix and in its own rest, and nothing of the other rests:
+    A token sees what stands before it in the prefix and in its own suffix, and nothing of the other suffixes:
 
-        prefix a b, rests c d and e f        a b c d e f
+        prefix a b, suffixes c d and e f     a b c d e f
                                           a  1 . . . . .
                                           b  1 1 . . . .
-                                          c  1 1 1 . . .        each rest computes exactly what it would
+                                          c  1 1 1 . . .        each suffix computes exactly what it would
                                           d  1 1 1 1 . .        compute in a prompt of its own, since its
-                                          e  1 1 . . 1 .        positions too continue the prefix
+                                          e  1 1 . . 1 .        positions, too, continue the prefix
                                           f  1 1 . . 1 1
     """
-    query, key = segment[:, :, None], segment[:, None, :]
-    return (((key == 0) | (key == query)).tril())[:, None]
+    query, key = segments[:, :, None], segments[:, None, :]
+    same = (key == 0) | (key == query)
+    return same.tril()[:, None]
 
 
-def answer_gaps(scorer, rows):
-    """logit(yes) - logit(no) of every rest of the rows, in order: a float64 tensor (rests,), with gradient."""
-    model, device = scorer.model, scorer.model.device
-    ids, segment, position, answers = lay_out(rows, scorer.tokenizer.pad_token_id or 0)
-    if scorer.family == "masked":
-        last = ids.shape[1] - 1 - np.argmax(ids[:, ::-1] == scorer.tokenizer.mask_token_id, 1)
-        answers[:, 1] = last
-    segment = torch.tensor(segment, device=device)
-    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segment >= 0).long()}
-    if scorer.packs:
-        mask = packed_mask(segment)  # as numbers to add, which every attention takes
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-        inputs.update(attention_mask=mask, position_ids=torch.tensor(position, device=device))
-    if scorer.family == "seq2seq":
-        inputs["decoder_input_ids"] = torch.full((len(rows), 1), model.config.decoder_start_token_id, device=device)
-        answers[:, 1] = 0
-    logits = model(**inputs).logits[answers[:, 0], answers[:, 1]].double()
-    return logits[:, 0] - logits[:, 1]
+def causal_inputs(scorer, rows):
+    """What a decoder-only model is given, and where the answers are read: after the last token of each suffix."""
+    device, dtype = scorer.model.device, scorer.model.dtype
+    ids, positions, segments, answers = lay_out(rows, scorer.tokenizer.pad_token_id or 0)
+    segments = torch.tensor(segments, device=device)
+    inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
+    if scorer.layout == "packed":
+        hidden = ~packed_mask(segments)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)  # a number to add, which every attention takes
+        inputs["attention_mask"] = mask.masked_fill(hidden, torch.finfo(dtype).min)
+        inputs["position_ids"] = torch.tensor(positions, device=device)
+    return inputs, answers
 
 
-def prompt_tokens(scorer, users):
-    """Token ids of the prompts of users [(history texts, candidate texts)], a list a user; counts of what was cut."""
-    mask = scorer.tokenizer.mask_token if scorer.family == "masked" else ""
-    return encode_users(scorer, users, lambda history, candidates: [
-        text + mask for text in candidate_prompts(scorer.prompt, history, candidates)])
+def masked_inputs(scorer, rows):
+    """What a masked model is given, and where the answers are read: at the last mask token of each row."""
+    inputs, answers = causal_inputs(scorer, rows)
+    is_mask = inputs["input_ids"] == scorer.tokenizer.mask_token_id
+    columns = torch.arange(is_mask.shape[1], device=is_mask.device)
+    answers[:, 1] = (is_mask * columns).argmax(1).cpu()
+    return inputs, answers
 
 
-def pack_users(scorer, prompts, max_tokens):
-    """Rows of the prompts of users, [[token ids]]; without packing, each prompt is a row of its own.
-
-    The results' places count the candidates of all users in order.
-    """
-    rows, place = [], 0
-    for group in prompts:
-        places = range(place, place + len(group))
-        place += len(group)
-        rows += pack(group, places, max_tokens) if scorer.packs else [Row([], [p], [i]) for p, i in zip(group, places)]
-    return rows
+def seq2seq_inputs(scorer, rows):
+    """What an encoder-decoder model is given, and where the answers are read: at the first decoder position."""
+    inputs, answers = causal_inputs(scorer, rows)
+    start = scorer.model.config.decoder_start_token_id
+    inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=scorer.model.device)
+    answers[:, 1] = 0
+    return inputs, answers
 
 
-def prompt_rows(scorer, users, max_tokens):
-    """Rows of the prompts of users [(history texts, candidate texts)], and counts of tokens and of what was cut."""
-    prompts, counts = prompt_tokens(scorer, users)
-    rows = pack_users(scorer, prompts, max_tokens)
-    counts["tokens_unpacked"] = sum(len(prompt) for group in prompts for prompt in group)
-    counts["tokens_scored"] = sum(map(row_length, rows))
-    return rows, counts
+class Family(NamedTuple):
+    prompt_class: str  # the class of transformers that brings the LM head
+    embed_class: str  # the one without it
+    inputs: object  # (scorer, rows) -> the model's inputs and the (row, column) of each answer
+    pooling: str  # of embeddings, if the model's own files name none
 
 
-def encode_users(scorer, users, render):
-    """Token ids of render(history, candidates) for every user, cut to the scorer's limit; how many users were cut."""
-    texts = [render(*user) for user in users]
-    flat = iter(scorer.encode([text for group in texts for text in group]))
-    ids, counts = [[next(flat) for _ in group] for group in texts], Counter()
-    for i, group in enumerate(ids):
-        if max(map(len, group)) > scorer.limit:
-            ids[i], dropped, halved = shorten(scorer.encode, render, *users[i], scorer.limit)
-            counts.update(histories=int(dropped > 0), halved=int(halved > 0))
-    return ids, counts
+FAMILIES = {  # a new family of models is added here
+    "causal": Family("AutoModelForCausalLM", "AutoModel", causal_inputs, "last"),
+    "masked": Family("AutoModelForMaskedLM", "AutoModel", masked_inputs, "mean"),
+    "seq2seq": Family("AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", seq2seq_inputs, "mean"),
+}
+YES, NO = 0, 1  # the LM head was cut to these two rows when the model was loaded: see cut_head
+
+
+def score_rows(scorer, rows):
+    """logit(yes) - logit(no) of every suffix of the rows, in order: a float64 tensor (suffixes,), with gradient."""
+    inputs, answers = FAMILIES[scorer.family].inputs(scorer, rows)
+    logits = scorer.model(**inputs).logits  # (rows, length, 2)
+    at_answer = logits[answers[:, 0], answers[:, 1]].double()  # (suffixes, 2)
+    return at_answer[:, YES] - at_answer[:, NO]
+
+
+def score_ids(scorer, per_user):
+    """Scores of the prompts of several users, [[token ids]]: ([float64 (prompts,) per user], tokens that were run)."""
+    rows = rows_of(scorer, per_user)
+    lengths = list(map(row_length, rows))
+    ends = np.cumsum(list(map(len, per_user)))
+    scores = np.zeros(ends[-1])
+    for batch in fill_batches(scorer, lengths):
+        batch = [rows[i] for i in batch]
+        indices = []
+        for row in batch:
+            indices += row.indices
+        with torch.inference_mode():
+            scores[indices] = score_rows(scorer, batch).cpu()
+    return np.split(scores, ends[:-1]), sum(lengths)
 
 
 def score_prompts(scorer, users):
-    """Prompt-based scores of users [(history texts, candidate texts)]: float64 (candidates of all users,); counts."""
-    rows, counts = prompt_rows(scorer, users, scorer.max_tokens)
-    scores = np.zeros(sum(len(candidates) for _, candidates in users))
-    for batch in fill_batches([row_length(row) for row in rows], scorer.max_tokens):
-        batch = [rows[i] for i in batch]
-        with torch.inference_mode():
-            scores[[place for row in batch for place in row.places]] = answer_gaps(scorer, batch).double().cpu()
-    return scores, counts
+    """Prompt-based scores of users: ([float64 (candidates,) per user], what it took).
 
-
-def packing_refusal(model, family, limit):
-    """Why a model's prompts must not be packed (None: they may).
-
-    Packing puts tokens at places that are not their positions: right only where attention depends on position_ids and
-    the mask alone. Not so for ALiBi (a bias by place) and for a sliding window that is shorter than a prompt.
+    What it took: tokens_scored, tokens_unpacked (in separate prompts), dropped (history items per user, to fit).
     """
-    config = model.config.get_text_config()
-    if family != "causal":
-        return "packing is for decoder-only models"
-    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        return "its positions cannot be set (ALiBi)"
-    if (getattr(config, "sliding_window", None) or math.inf) < limit:
-        return f"its sliding window ({config.sliding_window}) is shorter than --max-length ({limit})"
-    return None
+    per_user, dropped = encode_users(scorer, users)
+    scores, tokens_scored = score_ids(scorer, per_user)
+    tokens_unpacked = 0
+    for prompts in per_user:
+        tokens_unpacked += sum(map(len, prompts))
+    return scores, {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
 
-
-def check_packing(scorer, users):
-    """The scorer, without packing if one user, scored both ways, gets other scores: catches what nobody listed."""
-    user = max((user for user in users if len(user[1]) > 1), key=lambda u: sum(map(len, u[0] + u[1])), default=None)
-    if not scorer.packs or user is None:
-        return scorer
-    separate = scorer._replace(packs=False)
-    plain, half = score_prompts(separate, [user])[0], scorer.model.dtype in (torch.float16, torch.bfloat16)
-    try:
-        difference = np.abs(score_prompts(scorer, [user])[0] - plain).max()
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:  # its forward takes no mask of this shape
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        difference = math.inf
-    if difference <= (0.05 if half else 1e-4) * (1 + np.abs(plain).max()):
-        return scorer
-    say(f"packed and separate prompts differ by {difference:.3g} on {scorer.name}: scoring without packing")
-    return separate
-
-
-def answer_head(head, answers):
-    """The two rows of an LM head (torch.nn.Linear) that score the answers, in float32 (float64 stays).
-
-    The model's own forward then returns logits (..., 2) with its soft-capping, scaling and bias; bfloat16 logits would
-    tie, and ties distort AUC.
-    """
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    two = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=dtype)
-    bias = getattr(head, "bias", None)
-    two.weight.data = head.weight.data[answers].to(dtype)
-    two.bias.data = torch.zeros_like(two.bias) if bias is None else bias.data[answers].to(dtype)
-    two.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
-    return two.requires_grad_(False)
-
-# ------------------------------------------------------------------------------------------------- embedding scoring
+# ----------------------------------------------------------------------------------------------- embedding scoring
 
 
 def embed(scorer, ids):
-    """Embeddings of token lists: a tensor (texts, width), at least float32, with gradient.
+    """Embeddings of texts (token ids): a tensor (texts, width), float32 at least, with gradient.
 
-    Pooling "last": the state of the last token; "mean": the mean over tokens. Right padding is never pooled.
+    Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
-    length = max(map(len, ids))
-    pad = scorer.tokenizer.pad_token_id or 0
-    tokens = torch.tensor([list(row) + [pad] * (length - len(row)) for row in ids], device=scorer.model.device)
-    size = torch.tensor([[len(row)] for row in ids], device=tokens.device)
-    mask = torch.arange(length, device=tokens.device) < size
-    states = scorer.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+    rows = [Row([], [text], [i]) for i, text in enumerate(ids)]
+    inputs, answers = causal_inputs(scorer, rows)
+    states = scorer.model(**inputs).last_hidden_state  # (texts, length, width)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
-    if scorer.pooling == "last":
-        return states[torch.arange(len(ids)), size[:, 0] - 1]
-    return (states * mask[:, :, None]).sum(1) / size
+    if scorer.pooling == "cls":
+        pooled = states[:, 0]
+    elif scorer.pooling == "last":
+        pooled = states[answers[:, 0], answers[:, 1]]
+    else:
+        mask = inputs["attention_mask"][:, :, None]
+        pooled = (states * mask).sum(1) / mask.sum(1)
+    return pooled if scorer.dense is None else scorer.dense(pooled)
 
 
-def embedding_tokens(scorer, histories, items):
-    """Token ids of the text of every history (list of texts) and of every item (text), and counts of what was cut."""
-    prompt = scorer.prompt
-    users, cut = encode_users(scorer, [(history, []) for history in histories],
-                              lambda history, _: [fill(prompt["user"], history=history_lines(prompt, history))])
-    texts, more = encode_users(scorer, [([], [item]) for item in items],
-                               lambda _, candidates: [fill(prompt["candidate"], candidate=candidates[0])])
-    return [group[0] for group in users + texts], cut + more
-
-
-def embed_all(scorer, ids):
-    """Embeddings of token lists, each encoded once, in batches by tokens: a float32 array (texts, width)."""
-    out = [None] * len(ids)
-    for batch in fill_batches([len(row) for row in ids], scorer.max_tokens):
+def embed_ids(scorer, ids):
+    """Embeddings of texts (token ids) in batches: a float64 array (texts, width), each of length 1."""
+    vectors = [None] * len(ids)
+    for batch in fill_batches(scorer, list(map(len, ids))):
         with torch.inference_mode():
-            for index, vector in zip(batch, embed(scorer, [ids[i] for i in batch]).float().cpu().numpy()):
-                out[index] = vector
-    return out
+            states = embed(scorer, [ids[i] for i in batch]).double().cpu().numpy()
+        for i, state in zip(batch, states):
+            vectors[i] = state / (np.linalg.norm(state) or 1.0)
+    return vectors
+
+
+def encode_items(scorer, texts):
+    """Token ids of item texts. Raises UserError where one is longer than scorer.limit."""
+    ids = encode(scorer, [fill(scorer.prompt["candidate"], candidate=text) for text in texts])
+    for text, tokens in zip(texts, ids):
+        if len(tokens) > scorer.limit:
+            raise UserError(f"the item text {text[:40]!r}... has {len(tokens)} tokens, and at most {scorer.limit} fit: "
+                            "raise --max-length, if the model allows it")
+    return ids
 
 
 def score_embeddings(scorer, users, known):
-    """Embedding-based scores of users [(history texts, candidate texts)]: cosine(user, item) as float64, and counts.
+    """Embedding-based scores of users, cosine(history, candidate); returns as score_prompts.
 
-    known: {item text: embedding}, filled here, so that an item is encoded once over all calls.
+    known: {item text: embedding}, filled here, so that an item is encoded once over all calls; it takes 8 bytes times
+    the width per distinct item (20,000 items of width 4,096: 0.7 GB).
     """
-    histories = list(dict.fromkeys(tuple(history) for history, _ in users))
-    items = list(dict.fromkeys(text for _, candidates in users for text in candidates if text not in known))
-    ids, counts = embedding_tokens(scorer, [list(history) for history in histories], items)
-    vectors = embed_all(scorer, ids)
-    known.update(zip(items, vectors[len(histories):]))
-    user_vector = dict(zip(histories, vectors))
-    scores = [cosine(user_vector[tuple(history)], known[text]) for history, candidates in users for text in candidates]
-    counts["tokens_scored"] = sum(map(len, ids))
-    counts["tokens_unpacked"] = counts["tokens_scored"]
-    return np.array(scores), counts
+    new = {}
+    for user in users:
+        for text in user["candidates"]:
+            if text not in known:
+                new[text] = None
+    item_ids = encode_items(scorer, list(new))
+    user_ids, dropped = encode_users(scorer, users)
+    ids = [texts[0] for texts in user_ids] + item_ids
+    vectors = embed_ids(scorer, ids)
+    known.update(zip(new, vectors[len(users):]))
+    scores = []
+    for user, vector in zip(users, vectors):
+        cosines = [vector @ known[text] for text in user["candidates"]]
+        scores.append(np.array(cosines))
+    tokens = sum(map(len, ids))
+    return scores, {"tokens_scored": tokens, "tokens_unpacked": tokens, "dropped": dropped}
 
-
-def cosine(a, b):
-    """a.b / (|a| |b|) in float64, 0 for a zero vector."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(a @ b / (math.sqrt(a @ a) * math.sqrt(b @ b) or 1.0))
-
-# ------------------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------------- loading models
 
 MODELS = {  # short names; any hub id or local folder works too
     "bert-base": "bert-base-uncased", "bert-large": "bert-large-uncased",
@@ -520,82 +585,81 @@ MODELS = {  # short names; any hub id or local folder works too
     "glm-4-9b": "THUDM/glm-4-9b-chat-hf", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
     "phi-2": "microsoft/phi-2", "phi-3-small": "microsoft/Phi-3-small-8k-instruct",  # needs --trust-remote-code
     "recgpt-7b": "vinai/RecGPT-7B", "e5-base": "intfloat/e5-base-v2", "e5-large": "intfloat/e5-large-v2",
-    "sentence-bert": "efederici/sentence-bert-base",
+    "sentence-bert": "efederici/sentence-bert-base", "sentence-t5": "sentence-transformers/sentence-t5-base",
 }
+
+
+def model_name(model):
+    """The folder or hub id that --model means; a folder goes before a short name."""
+    return model if Path(model).is_dir() else MODELS.get(model, model)
+
+
+def placement(args):
+    """(device, dtype) that --device and --dtype mean on this machine, as strings. Raises UserError without a GPU."""
+    cuda = torch.cuda.is_available()
+    device = args.device or ("cuda" if cuda else "cpu")
+    if "cuda" in device and not cuda:
+        raise UserError(f"--device {device}: torch sees no CUDA GPU here")
+    if args.dtype != "auto":
+        return device, args.dtype
+    return device, "bfloat16" if "cuda" in device else "float32"
 
 
 def load_scorer(args):
     """A Scorer for args.model and args.type, in evaluation mode on args.device; flags as in shared_arguments.
 
-    Raises UserError where the model or its tokenizer cannot be loaded or, for prompts, has no LM head.
+    Raises UserError, one line, where the model cannot be loaded, has no LM head for prompts, or scores wrongly.
     """
-    prompt = load_prompt(args.prompt)
-    name, model, tokenizer, family = load_pretrained(args)
-    limit, packs = min(args.max_length, max_positions(model, tokenizer)), False
-    if args.type == "prompt":
-        answers = answer_tokens(tokenizer, prompt, args.chat_template)
-        model.set_output_embeddings(answer_head(model.get_output_embeddings(), answers))
-        refusal = packing_refusal(model, family, limit)
-        packs = refusal is None
-        if refusal and family == "causal":
-            say(f"{name}: prompts are scored without packing: {refusal}")
-    asked = args.type == "prompt"
-    encode = functools.partial(encode_texts, tokenizer, prompt["special_tokens"], args.chat_template and asked,
-                               asked and family == "causal")
-    pooling = args.pooling if args.pooling != "auto" else "last" if family == "causal" else "mean"
-    max_tokens = args.max_tokens or (1024 if model.device.type == "cpu" else 8192)
-    return Scorer(name, model, tokenizer, family, packs, encode, prompt, pooling, limit, max_tokens)
+    name = model_name(args.model)
+    try:
+        scorer = load_pretrained(args, name)
+        if args.type == "prompt":
+            cut_head(scorer)
+        layout, reason = find_layout(scorer)
+    except torch.OutOfMemoryError:
+        raise UserError(f"model {name} does not fit into the GPU's memory: try a lower --max-tokens") from None
+    except UserError:
+        raise
+    except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
+        where = "" if Path(name).is_dir() else "no such folder, and the hub gave none (offline, gated, misspelt?): "
+        raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
+    if reason:
+        say(f"{name}: {reason}")
+    return scorer._replace(layout=layout)
 
 
-def load_pretrained(args):
-    """(name, model, tokenizer, family) of args.model, loaded with the class for args.type. Raises UserError."""
+def load_pretrained(args, name):
+    """The Scorer of a model folder or hub id, its layout still to be found."""
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    name, (device, dtype) = MODELS.get(args.model, args.model), placement(args)
-    options = {"trust_remote_code": args.trust_remote_code}
+    prompt = load_prompt(args.prompt)
+    device, dtype = placement(args)
     if "cuda" in device:
         torch.cuda.reset_peak_memory_stats(device)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        family = family_of(config)
-        loader = getattr(transformers, "AutoModel" + {
-            "embed": "ForTextEncoding" if family == "seq2seq" else "",
-            "prompt": {"causal": "ForCausalLM", "masked": "ForMaskedLM", "seq2seq": "ForSeq2SeqLM"}[family]}[args.type])
-        model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **options)
-        model.to(device).eval()
-    except torch.OutOfMemoryError:
-        raise UserError(f"model {name} does not fit into the memory of {device}") from None
-    except Exception as error:  # a hub that is offline or gated, a broken folder, a tokenizer's missing package
-        where = "" if Path(name).is_dir() else "no such folder, and the hub gave none (offline, gated, misspelt?): "
-        raise UserError(f"model {name} cannot be loaded: {where}{type(error).__name__}: {str(error)[:200]}") from None
-    missing = sorted(key for key in info["missing_keys"] if args.type == "prompt" or "pooler" not in key)
-    if missing:  # the class has invented them
-        what, mend = ("no LM head", ": use --type embed") if args.type == "prompt" else ("incomplete weights", "")
-        raise UserError(f"model {name} has {what} ({missing[0]} is missing){mend}")
+    remote = {"trust_remote_code": args.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(name, **remote)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
+    family = family_of(config)
+    class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
+    loader = getattr(transformers, class_name)
+    model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **remote)
+    check_weights(name, args.type, info["missing_keys"])
+    check_tokenizer(name, tokenizer, model)
     if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
     model.config.use_cache = False
-    return name, model, tokenizer, family
-
-
-def placement(args):
-    """(device, name of the dtype) that --device and --dtype mean on this machine. Raises UserError without a GPU."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if "cuda" in device and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no CUDA GPU here")
-    return device, args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
-
-
-def load_adapter(scorer, folder, trainable=False):
-    """The scorer with a run's LoRA adapter (float32 at least) on its model. Raises UserError where it does not fit."""
-    from peft import PeftModel
-    try:
-        return scorer._replace(model=PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval())
-    except Exception as error:
-        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
+    model.to(device).eval()
+    pooling, dense = FAMILIES[family].pooling, None
+    if args.type == "embed":
+        pooling, dense = sentence_modules(name, pooling, device)
+    if args.pooling != "auto":
+        pooling = args.pooling
+    limit = min(args.max_length, max_positions(model, tokenizer))
+    max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
+    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense, limit,
+                  max_tokens)
 
 
 def family_of(config):
@@ -603,270 +667,500 @@ def family_of(config):
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone denies it
         return "seq2seq"
-    decoder = (config.architectures or [""])[0].endswith(("CausalLM", "LMHeadModel"))
-    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder else "causal"
+    saved_class = (config.architectures or [""])[0]
+    if saved_class.endswith(("CausalLM", "LMHeadModel")) and not saved_class.endswith("WithLMHeadModel"):  # XLM: masked
+        return "causal"
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+
+
+def check_weights(name, score_type, missing):
+    """Raise UserError where the model's file lacks weights, which transformers then invents."""
+    if score_type == "embed":
+        missing = [key for key in missing if "pooler" not in key]  # not used
+    if missing and score_type == "prompt":
+        raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
+    if missing:
+        raise UserError(f"model {name} has incomplete weights ({min(missing)} is missing)")
+
+
+def check_tokenizer(name, tokenizer, model):
+    """Raise UserError where the tokenizer knows no words (its files are missing) or more tokens than the model."""
+    for word in ("yes", "item"):
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not ids or set(ids) == {tokenizer.unk_token_id}:
+            raise UserError(f"the tokenizer of {name} does not know the word {word!r}: are its files missing?")
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= embeddings:
+        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: they do not fit")
 
 
 def max_positions(model, tokenizer):
     """The longest input in tokens that a model has positions for."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or math.inf
-    for name, module in model.named_modules():  # RoBERTa's positions start after the padding id
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
+    positions = math.inf
+    for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        value = getattr(config, key, None) or -1
+        if value > 0:  # XLNet says -1 for no limit
+            positions = min(positions, value)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond the original length, one long text changes all texts of its batch
+        positions = min(positions, config.original_max_position_embeddings)
+    for module_name, module in model.named_modules():  # RoBERTa's positions start after the padding id
+        padding = getattr(module, "padding_idx", None)
+        if module_name.endswith("position_embeddings") and padding is not None:
+            positions = module.num_embeddings - padding - 1
     return min(positions, tokenizer.model_max_length)
 
-# --------------------------------------------------------------------------------------------------------- baselines
 
-BASELINES = ("random", "popularity", "overlap")
+def sentence_modules(name, pooling, device):
+    """(pooling, dense layer or None) that the model's own sentence-transformers files name, else the given pooling.
 
-
-def baseline_scores(kind, seed, name, user, items, popularity):
-    """Scores of a user's candidates without a model, to read other numbers against: a list of float.
-
-    random: uniform on [0, 1) by hash; popularity: how often others chose the item (a Counter from count_popularity);
-    overlap: cosine of the word counts of the history and the candidate.
+    Raises UserError where they name something that is not supported here.
     """
-    if kind == "random":
-        return [digest(seed, name, user["user"], "random", item) / 2**64 for item in user["candidates"]]
-    if kind == "popularity":
-        return [float(popularity[item]) for item in user["candidates"]]
-    words = lambda ids: Counter(word for item in ids for word in re.findall(r"\w+", items[item].lower()))
-    norm = lambda counts: math.sqrt(sum(n * n for n in counts.values())) or 1.0
-    history = words(user["history"])
-    candidates = [words([item]) for item in user["candidates"]]
-    return [sum(n * history[word] for word, n in c.items()) / (norm(history) * norm(c)) for c in candidates]
+    modules = read_model_file(name, "modules.json")
+    if modules is None:
+        return pooling, None
+    dense = None
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        settings = read_model_file(name, f"{module['path']}/config.json") or {}
+        if kind == "Pooling":
+            pooling = pooling_of(name, settings)
+        elif kind == "Dense":
+            dense = load_dense(name, module["path"], settings).to(device)
+        elif kind not in ("Transformer", "Normalize"):  # Normalize: a cosine has no length
+            raise UserError(f"model {name} embeds through a {kind} module, which is not supported")
+    say(f"{name}: pooling {pooling}" + (", then a dense layer," if dense else "") + " by its sentence-transformers files")
+    return pooling, dense
 
-# ----------------------------------------------------------------------------------------------------------- metrics
 
-# What the metrics need. Arrays (samples,): the sample's user (0..users-1, ascending), its label, how many candidates of
-# the same user score higher (above) or the same (tied, itself included), and how many of these are positive. Arrays
-# (users,): candidates (size) and positives. A metric is a function of Ranks with one value a user: (users,).
-Ranks = namedtuple("Ranks", "user label above tied positives_above positives_tied size positives")
+def pooling_of(name, settings):
+    """"cls", "mean" or "last", from 1_Pooling/config.json. Raises UserError for any other."""
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+    modes = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    if len(modes) != 1 or modes[0] not in names:
+        raise UserError(f"model {name} pools by {' and '.join(modes) or 'nothing'}, which is not supported: "
+                        "choose with --pooling")
+    return names[modes[0]]
 
 
-def rank_candidates(scores, labels, users):
-    """Rank the candidates within each user: Ranks. Users are numbered as np.unique sorts them.
+def load_dense(name, path, settings):
+    """The dense layer that follows pooling (sentence-T5). Raises UserError where its activation is not supported."""
+    activations = {"Identity": torch.nn.Identity, "Tanh": torch.nn.Tanh}
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    if activation not in activations:
+        raise UserError(f"model {name}: the dense layer's activation {activation} is not supported")
+    linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
+    from transformers.modeling_utils import load_state_dict
+    file = model_file(name, f"{path}/model.safetensors") or model_file(name, f"{path}/pytorch_model.bin")
+    weights = {key.removeprefix("linear."): value for key, value in load_state_dict(file).items()}
+    linear.load_state_dict(weights)
+    return torch.nn.Sequential(linear, activations[activation]()).requires_grad_(False)
 
-    scores (higher is better), labels (0 or 1), users (numbers or strings): arrays (samples,), in any order. Raises
-    UserError on NaN or infinite scores, which have no rank, on other labels, and where there are no samples.
+
+def model_file(name, file):
+    """The path of a file of a model folder or hub id; None where it has no such file."""
+    from transformers.utils import cached_file
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
+def read_model_file(name, file):
+    """The JSON value of a file of a model folder or hub id; None where it has no such file."""
+    path = model_file(name, file)
+    return read_json(path) if path else None
+
+
+def cut_head(scorer):
+    """Replace the LM head by its two rows of the answers, in float32 at least (float64 stays).
+
+    The model's own forward then gives logits (..., 2), with its soft-capping, scaling and bias. bfloat16 logits would
+    tie, and ties distort AUC. Raises UserError where the two logits differ from those of the whole head.
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if not scores.size:
-        raise UserError("there are no samples to compute metrics from")
-    if not np.isfinite(scores).all():
-        raise UserError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are NaN or infinite")
-    if not ((labels == 0) | (labels == 1)).all():
-        raise UserError("labels are 0 or 1, and some here are not")
-    user = np.unique(users, return_inverse=True)[1]
-    order = np.lexsort((-scores, user))
-    user, scores, label = user[order], scores[order], labels[order].astype(np.int64)
-    new_user = np.r_[True, user[1:] != user[:-1]]
-    group = np.cumsum(new_user | np.r_[True, scores[1:] != scores[:-1]]) - 1  # samples of one user that tie
-    start, first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]), np.flatnonzero(new_user)
-    before = np.r_[0, np.cumsum(label)]  # positives before a place in this order
-    end = np.r_[start[1:], len(user)]
-    return Ranks(user, label, (start - first[user[start]])[group], (end - start)[group],
-                 (before[start] - before[first[user[start]]])[group], (before[end] - before[start])[group],
-                 np.bincount(user), np.bincount(user, label).astype(np.int64))
+    model = scorer.model
+    answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
+    row = Row([], [made_up_prompt(scorer, 8, 0)], [0])
+    inputs, places = FAMILIES[scorer.family].inputs(scorer, [row])
+    with torch.inference_mode():
+        whole = model(**inputs).logits[0, places[0, 1], answers].double()
+    try:
+        replace_head(model, answers)
+        with torch.inference_mode():
+            cut = model(**inputs).logits[0, places[0, 1]].double()
+        right = cut.shape == whole.shape and (cut - whole).abs().max() <= tolerance(model.dtype, whole)
+    except (AttributeError, RuntimeError, IndexError):
+        right = False
+    if not right:
+        raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
+
+
+def replace_head(model, answers):
+    """The step of cut_head that changes the model."""
+    head = model.get_output_embeddings()
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    two = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=dtype)
+    two.weight.data = head.weight.data[answers].to(dtype)
+    two.bias.data.zero_()
+    if getattr(head, "bias", None) is not None:
+        two.bias.data = head.bias.data[answers].to(dtype)
+    two.register_forward_pre_hook(cast_input)
+    model.set_output_embeddings(two.requires_grad_(False))
+    if hasattr(model, "final_logits_bias"):  # BART adds it after the head
+        model.final_logits_bias = model.final_logits_bias[:, answers]
+
+
+def cast_input(module, inputs):
+    """Before a layer runs: its input in the type of its weights."""
+    return (inputs[0].to(module.weight.dtype),)
+
+
+def tolerance(dtype, values):
+    """By how much scores of about these values may differ through rounding."""
+    share = 0.15 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return share * (1 + float(values.abs().max()))
+
+
+def made_up_prompt(scorer, length, seed):
+    """Token ids of a prompt of this length, drawn from the ordinary vocabulary; a masked model's ends in its mask."""
+    rng = np.random.default_rng(seed)
+    vocabulary = sorted(set(scorer.tokenizer.get_vocab().values()) - set(scorer.tokenizer.all_special_ids))
+    ids = rng.choice(vocabulary, length).tolist()
+    if scorer.family == "masked" and scorer.type == "prompt":
+        ids[-1] = scorer.tokenizer.mask_token_id
+    return ids
+
+
+def find_layout(scorer):
+    """How texts may share a forward pass without changing each other's scores, and why not better: (layout, reason).
+
+    "packed": prompts of a user in one row; "padded": a batch of rows, short ones padded; "equal": a batch of rows of
+    one length. No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on rows
+    as long as any that will be run. Raises UserError where the model gives other scores each time.
+    """
+    reason = None
+    if scorer.type == "prompt" and scorer.family == "causal":
+        reason = packing_fault(scorer)
+        if reason is None:
+            return "packed", None
+        reason = f"prompts are scored without packing: {reason}"
+    if padding_changes(scorer):
+        return "equal", "padding changes its scores, so batches hold texts of one length"
+    return "padded", reason
+
+
+def packing_fault(scorer):
+    """Why this model must not be packed, None where it may."""
+    if "position_ids" not in inspect.signature(scorer.model.forward).parameters:
+        return "its forward takes no position_ids"
+    config = scorer.model.config.get_text_config()
+    for key in ("sliding_window", "attention_chunk_size", "window_size"):
+        window = getattr(config, key, None)
+        if window and window < scorer.limit:  # the mask of a packed row holds no window
+            return f"its attention window ({window}) is shorter than a prompt may be ({scorer.limit})"
+    prefix = made_up_prompt(scorer, max(1, scorer.limit // 2), 0)
+    lengths = [1, 4, 16, 64]
+    prompts, size = [], len(prefix)
+    while size < scorer.max_tokens or len(prompts) < 2:  # short suffixes, as in real rows, far from the prefix
+        length = min(lengths[len(prompts) % 4], max(1, scorer.limit - len(prefix)))
+        prompts.append(prefix + made_up_prompt(scorer, length, len(prompts) + 1))
+        size += length
+    packed = scorer._replace(layout="packed", max_tokens=size)
+    other_first = prefix + made_up_prompt(scorer, 1, 0)
+    try:
+        scores = score_ids(packed, [prompts])[0][0]
+        changed = score_ids(packed, [[other_first, *prompts[1:]]])[0][0]
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"its forward does not take the mask of packed rows ({type(error).__name__})"
+    # (1) leak: another token in the first suffix must not move the scores of the other suffixes by a single bit
+    if (changed[1:] != scores[1:]).any():
+        return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
+    # (2) positions: packed scores must be those of separate prompts
+    separate = score_ids(scorer, [prompts[:4] + prompts[-4:]])[0][0]
+    difference = np.abs(np.append(scores[:4], scores[-4:]) - separate).max()
+    if difference > tolerance(scorer.model.dtype, torch.tensor(separate)):
+        return f"packed and separate scores differ by {difference:.2g} (attention by place in the row)"
+    return None
+
+
+def padding_changes(scorer):
+    """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
+    long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
+    for share in (2, 16):
+        short = made_up_prompt(scorer, max(2, len(long) // share), 1)
+        alone = scores_or_embeddings(scorer, [short])
+        if not torch.equal(alone, scores_or_embeddings(scorer, [short])):
+            raise UserError(f"model {scorer.name} gives other scores each time it is run, so they mean nothing")
+        beside = scores_or_embeddings(scorer, [short, long])[:1]
+        if (alone - beside).abs().max() > tolerance(scorer.model.dtype, alone):
+            return True
+    return False
+
+
+def scores_or_embeddings(scorer, texts):
+    """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
+    with torch.inference_mode():
+        if scorer.type == "embed":
+            return torch.nn.functional.normalize(embed(scorer, texts))
+        return score_rows(scorer, [Row([], [text], [i]) for i, text in enumerate(texts)])
+
+
+def load_adapter(scorer, folder, trainable=False):
+    """The scorer with a run's LoRA adapter (float32 at least) on its model.
+
+    Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
+    """
+    import peft
+    try:
+        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval()
+        saved = set(peft.load_peft_weights(folder, device="cpu"))
+        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
+    if saved != wanted:  # peft would leave the model's own weights in place
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {len(wanted - saved)} weights are missing and "
+                        f"{len(saved - wanted)} unknown, such as {min(saved ^ wanted)}")
+    return scorer._replace(model=model)
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+# Each is a function of ONE user's scores (higher is better) and labels (0 or 1): float and int arrays (candidates,).
+# The result is the mean over users. Where scores tie, it is the expected value over random order of the tied ones
+# (McSherry & Najork 2008), so a constant scorer gets chance level and never the luck of the sort.
 
 
 def auc(scores, labels):
-    """Area under the ROC curve over all samples (float): P(a positive scores above a negative) + 1/2 P(they tie).
+    """Area under the ROC curve: P(a positive scores above a negative) + 1/2 P(they tie). NaN with one class only."""
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+    if not len(positives) or not len(negatives):
+        return math.nan
+    wins = 0.0
+    for score in positives:
+        wins += (score > negatives).sum() + 0.5 * (score == negatives).sum()
+    return wins / (len(positives) * len(negatives))
 
-    auc = (1 / PN) sum over positives i of (#negatives below i + 1/2 #negatives tied with i), for P positives and N
-    negatives (Hanley & McNeil 1982); NaN with one class only. Arguments and errors: rank_candidates.
+
+def discount(ranks, k):
+    """1 / log2(rank + 1) of ranks up to k, 0 beyond."""
+    return (ranks <= k) / np.log2(ranks + 1)
+
+
+def ndcg(scores, labels, k):
+    """nDCG@k: the discounted gain of the positives' ranks, as a share of the best that there is. NaN without any."""
+    if not labels.any():
+        return math.nan
+    gain = 0.0
+    for score in scores[labels == 1]:
+        above = (scores > score).sum()
+        tied = (scores == score).sum()
+        gain += discount(np.arange(above + 1, above + tied + 1), k).mean()  # any of its tied ranks, equally likely
+    best = discount(np.arange(1, labels.sum() + 1), k).sum()
+    return gain / best
+
+
+def first_positive(scores, labels):
+    """(ranks, probabilities): where the first positive may stand under random order of ties.
+
+    With p positives among the g candidates that tie at the top positive's score, the first positive comes j-th among
+    them with probability C(g - j, p - 1) / C(g, p).
     """
-    r = rank_candidates(scores, labels, np.zeros(len(labels), int))
-    return float(group_auc(r)[0])
+    top = scores[labels == 1].max()
+    above = (scores > top).sum()
+    tied = int((scores == top).sum())
+    positives = int(labels[scores == top].sum())
+    order = np.arange(1, tied - positives + 2)
+    chances = [math.comb(tied - int(j), positives - 1) / math.comb(tied, positives) for j in order]
+    return above + order, np.array(chances)
 
 
-def group_auc(r):
-    """Each user's own AUC (see auc): (users,), NaN where there is one class only. The authors' code: GAUC, its mean."""
-    negatives = (r.size - r.positives)[r.user]
-    above, tied = r.above - r.positives_above, r.tied - r.positives_tied  # negatives only
-    return mean_by_user(r, (negatives - above - tied / 2) / np.where(negatives, negatives, np.nan))
+def mrr(scores, labels):
+    """1 / rank of the first positive. NaN without any."""
+    if not labels.any():
+        return math.nan
+    ranks, chances = first_positive(scores, labels)
+    return (chances / ranks).sum()
 
 
-def mean_by_user(r, value):
-    """Mean of a value over each user's positives: an array (users,), NaN for users without a positive."""
-    return np.bincount(r.user, np.where(r.label == 1, value, 0.0)) / np.where(r.positives, r.positives, np.nan)
+def hit(scores, labels, k):
+    """1 where a positive is at a rank up to k, else 0. NaN without any."""
+    if not labels.any():
+        return math.nan
+    ranks, chances = first_positive(scores, labels)
+    return chances[ranks <= k].sum()
 
 
-def ndcg(r, k):
-    """nDCG@k = DCG@k / ideal DCG@k, DCG@k = sum over positives at rank i <= k of 1 / log2(i + 1): (users,).
+def lrap(scores, labels):
+    """Label-ranking average precision: the mean over positives of the share of positives among what scores as high.
 
-    Ties: the expected DCG over random order, where a positive takes each rank of its tied group equally often (McSherry
-    & Najork 2008, as for the other metrics at k and mrr). NaN for users without a positive, as in all that follow.
+    As scikit-learn's, pessimistic where scores tie. The authors' code prints it under the name MRR. NaN without any.
     """
-    discount = np.r_[0, np.cumsum(1 / np.log2(np.arange(2, k + 2)))]  # discount[n]: of ranks 1..n
-    to = lambda n: discount[np.minimum(n, k)]
-    dcg = (to(r.above + r.tied) - to(r.above)) / r.tied
-    return mean_by_user(r, dcg) * r.positives / np.where(r.positives, to(r.positives), 1)
+    if not labels.any():
+        return math.nan
+    precisions = []
+    for score in scores[labels == 1]:
+        as_high = scores >= score
+        precisions.append(labels[as_high].sum() / as_high.sum())
+    return np.mean(precisions)
 
 
-def recall(r, k):
-    """recall@k = #positives at ranks <= k / #positives: (users,); expected value over random order of ties."""
-    return mean_by_user(r, np.clip(k - r.above, 0, r.tied) / r.tied)
+def user_metrics(scores, labels):
+    """All metrics of one user, {name: value}."""
+    return {
+        "group_auc": auc(scores, labels),  # the authors' code: GAUC
+        "ndcg@1": ndcg(scores, labels, 1), "ndcg@5": ndcg(scores, labels, 5), "ndcg@10": ndcg(scores, labels, 10),
+        "mrr": mrr(scores, labels), "lrap": lrap(scores, labels),
+        "hit@1": hit(scores, labels, 1), "hit@5": hit(scores, labels, 5), "hit@10": hit(scores, labels, 10),
+    }
 
 
-def first_positive(r, value):
-    """E[value(rank of the user's first positive)] over random order of ties: (users,). value: ranks -> numbers.
-
-    In the first tied group with p positives among g, at ranks a+1..a+g, the first positive comes j-th with probability
-    C(g-j, p-1) / C(g, p), here from the survival P(later than j) = prod over i < j of (g-p-i) / (g-i).
-    """
-    pick = np.flatnonzero((r.label == 1) & (r.positives_above == 0))
-    pick = pick[np.unique(r.user[pick], return_index=True)[1]]
-    a, g, p = r.above[pick], r.tied[pick], r.positives_tied[pick]
-    expected, later = np.zeros(len(pick)), np.ones(len(pick))
-    for j in range(1, int((g - p).max(initial=-1)) + 2):
-        hit = p / np.maximum(g - j + 1, p)
-        expected += later * hit * value(a + j)
-        later *= 1 - hit
-    out = np.full(len(r.size), np.nan)
-    out[r.user[pick]] = expected
-    return out
+METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap", "hit@1", "hit@5", "hit@10"]
 
 
-def mrr(r):
-    """1 / rank of the user's first positive: (users,); expected value over random order of ties."""
-    return first_positive(r, lambda rank: 1 / rank)
+def check_scores(users):
+    """Raise UserError where scores of users, [(scores, labels)], have no rank: NaN and infinite ones, or none at all."""
+    scores = np.concatenate([scores for scores, _ in users] or [[]])
+    if not len(scores):
+        raise UserError("there are no samples to compute metrics from")
+    bad = (~np.isfinite(scores)).sum()
+    if bad:
+        raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
 
 
-def hit(r, k):
-    """hit@k: 1 where a positive is at a rank <= k, else 0: (users,); its probability over random order of ties."""
-    return first_positive(r, lambda rank: rank <= k)
+def metric_per_user(users):
+    """{metric: values (users,), NaN where a user does not count} of users, [(scores, labels)]. "auc" is not per user."""
+    check_scores(users)
+    table = [user_metrics(scores, labels) for scores, labels in users]
+    return {name: np.array([row[name] for row in table]) for name in METRIC_NAMES if name != "auc"}
 
 
-def lrap(r):
-    """Label-ranking average precision: mean over positives i of #positives scoring >= i / #candidates scoring >= i.
-
-    (users,), as scikit-learn's label_ranking_average_precision_score, which takes the last rank of a tied group instead
-    of the expected value. The authors' code prints it under the name MRR.
-    """
-    return mean_by_user(r, (r.positives_above + r.positives_tied) / (r.above + r.tied))
-
-
-def logloss(scores, labels, users):
-    """Mean over a user's samples of -log P(label), P(yes) = 1 / (1 + exp(-score)), score = logit(yes) - logit(no).
-
-    scores, labels, users: as in rank_candidates, which checks them. (users,), in nats; lower is better; log 2 for a
-    score of 0. No gap is too large: log(1 + exp(x)) is computed without exp(x).
-    """
-    user, scores = np.unique(users, return_inverse=True)[1], np.asarray(scores, np.float64)
-    return np.bincount(user, np.logaddexp(0, np.where(np.asarray(labels) == 1, -scores, scores))) / np.bincount(user)
+def auc_over_all(users):
+    """AUC over the samples of all users, [(scores, labels)]."""
+    check_scores(users)
+    scores = np.concatenate([scores for scores, _ in users])
+    labels = np.concatenate([labels for _, labels in users])
+    return auc(scores, labels)
 
 
-METRICS = {
-    "group_auc": group_auc,
-    "ndcg@1": lambda r: ndcg(r, 1), "ndcg@5": lambda r: ndcg(r, 5), "ndcg@10": lambda r: ndcg(r, 10),
-    "mrr": mrr, "lrap": lrap, "recall@1": lambda r: recall(r, 1), "recall@5": lambda r: recall(r, 5),
-    "hit@1": lambda r: hit(r, 1), "hit@5": lambda r: hit(r, 5), "hit@10": lambda r: hit(r, 10),
-}  # each: Ranks -> value by user; the metric is the mean over the users for whom it is defined
-METRIC_NAMES = ["auc", *METRICS, "logloss"]  # the higher the better, but for logloss
+def mean_metric(name, users):
+    """One of METRIC_NAMES over users, [(scores, labels)]; NaN where it is undefined for all."""
+    if name == "auc":
+        return float(auc_over_all(users))
+    return mean_defined(metric_per_user(users)[name])
 
 
-def by_user(scores, labels, users, with_logloss=True):
-    """{metric: values (users,)} for all metrics but auc, NaN where a user does not count. See rank_candidates."""
-    r = rank_candidates(scores, labels, users)
-    values = {name: metric(r) for name, metric in METRICS.items()}
-    return {**values, "logloss": logloss(scores, labels, users)} if with_logloss else values
-
-
-def metric(name, scores, labels, users):
-    """One of METRIC_NAMES: a float, None where no user defines it. Arguments and errors: rank_candidates."""
-    value = np.array([auc(scores, labels)]) if name == "auc" else by_user(scores, labels, users)[name]
-    return nanmean(value)
-
-
-def nanmean(values):
-    """Mean without the NaN entries; None where there is nothing else."""
+def mean_defined(values):
+    """The mean without NaN entries; NaN where there is nothing else."""
     values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
+    return float(values.mean()) if len(values) else math.nan
 
-# --------------------------------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------------------------------- intervals
 
 
-def bootstrap(scores, labels, users, names, draws=1000, seed=0):
-    """Metrics of `draws` resamples of the users: {name: array (draws,)}, NaN where a draw leaves a metric undefined.
+def bootstrap(users, names, draws=1000, seed=0):
+    """Metrics of `draws` resamples of users, [(scores, labels)]: {name: array (draws,)}, NaN where undefined.
 
-    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). Which users are
-    drawn depends on seed and number of users only: two models' draws on the same users are paired, and may be
-    subtracted. names: some of METRIC_NAMES. Arguments and errors otherwise: rank_candidates.
+    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). Which are drawn
+    depends on the seed and the number of users alone: draws of two models on the same users are paired, and may be
+    subtracted.
     """
-    values, means = by_user(scores, labels, users), [name for name in names if name != "auc"]
-    n, rng = len(values["logloss"]), np.random.default_rng(seed)
-    table = np.array([values[name] for name in means]).reshape(-1, n)
-    counts, table = ~np.isnan(table), np.nan_to_num(table)
-    user, positive = np.unique(users, return_inverse=True)[1], np.asarray(labels) == 1
-    tied = np.unique(scores, return_inverse=True)[1]  # samples of equal score have a number, the lowest score 0
-    drawn, aucs = np.empty((len(means), draws)), np.empty(draws)
+    per_user = metric_per_user(users)
+    result = {name: np.full(draws, math.nan) for name in names}
+    rng = np.random.default_rng(seed)
+    sorted_samples = sort_samples(users)
     for draw in range(draws):
-        weight = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            drawn[:, draw] = (table @ weight) / (counts @ weight)
-            if "auc" in names:  # as in auc(), every sample weighted by how often its user was drawn
-                w = weight[user]
-                p, q = np.bincount(tied, w * positive), np.bincount(tied, w * ~positive)
-                aucs[draw] = p @ (np.cumsum(q) - q / 2) / (p.sum() * q.sum())
-    return {name: aucs if name == "auc" else drawn[means.index(name)] for name in names}
+        times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))  # each user was drawn
+        for name in names:
+            if name == "auc":
+                result[name][draw] = weighted_auc(*sorted_samples, times)
+                continue
+            values = per_user[name]
+            counted = ~np.isnan(values)
+            weights = times[counted]
+            if weights.any():
+                result[name][draw] = values[counted] @ weights / weights.sum()
+    return result
+
+
+def sort_samples(users):
+    """(user, label, group) of all samples; samples of one score are a group, 0 the lowest: three arrays (samples,)."""
+    user = np.repeat(np.arange(len(users)), [len(scores) for scores, _ in users])
+    scores = np.concatenate([scores for scores, _ in users])
+    labels = np.concatenate([labels for _, labels in users])
+    return user, labels, np.unique(scores, return_inverse=True)[1]
+
+
+def weighted_auc(user, label, group, times):
+    """AUC over all samples, each counted as often as its user was drawn, times (users,): the sums of auc(), by group."""
+    weight = times[user]
+    positives = np.bincount(group, weight * (label == 1))
+    negatives = np.bincount(group, weight * (label == 0))
+    pairs = positives.sum() * negatives.sum()
+    if not pairs:
+        return math.nan
+    below = np.cumsum(negatives) - negatives
+    return positives @ (below + negatives / 2) / pairs
 
 
 def interval(draws, level=0.95):
     """[low, high]: the percentile interval of bootstrap draws (draws,), NaN left out; None where no draw is defined.
 
-    The difference of two models' draws gives the paired test: they differ where its interval excludes 0.
+    Of the difference of two models' draws it is the paired test: they differ where it excludes 0. It covers the choice
+    of users, not the luck of a training run.
     """
     draws = draws[~np.isnan(draws)]
-    return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])] if len(draws) else None
+    if not len(draws):
+        return None
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
-def evaluate_scores(scores, labels, users, is_logit=True, draws=1000, seed=0):
-    """All metrics with intervals: {auc, ..., "ci": {metric: [low, high]}, "users_counted": {metric: users}}.
+def evaluate_users(users, draws=1000, seed=0):
+    """All metrics of users, [(scores, labels)]: {metric: value, "ci": {metric: [low, high]}, "users_counted": ...}.
 
-    None where a metric or an interval is undefined, so the result is plain JSON. is_logit: scores are differences of
-    logits; else logloss is None. The intervals cover the choice of users, not the luck of a training run. Arguments and
-    errors otherwise: rank_candidates, bootstrap.
+    None where a metric or interval is undefined, so the result is plain JSON.
     """
-    values = by_user(scores, labels, users, is_logit)
-    sampled = bootstrap(scores, labels, users, ["auc", *values], draws, seed)
-    result = {**dict.fromkeys(METRIC_NAMES), "auc": nanmean(np.array([auc(scores, labels)]))}
-    result.update({name: nanmean(value) for name, value in values.items()})
-    result["ci"] = {name: interval(sample) for name, sample in sampled.items()}
-    result["users_counted"] = {name: int((~np.isnan(value)).sum()) for name, value in values.items()}
+    sampled = bootstrap(users, METRIC_NAMES, draws, seed)
+    per_user = metric_per_user(users)
+    result = {"ci": {}, "users_counted": {}}
+    for name in METRIC_NAMES:
+        value = float(auc_over_all(users)) if name == "auc" else mean_defined(per_user[name])
+        result[name] = None if math.isnan(value) else value
+        result["ci"][name] = interval(sampled[name])
+        if name != "auc":
+            result["users_counted"][name] = int((~np.isnan(per_user[name])).sum())
     return result
 
 
 def reciprocal_rank_average(table, k):
-    """RRA@K: how well a training set transfers to the other sets. {source: value in 0..1}, None without a target.
+    """RRA@K: how well a training set transfers to other sets. {source: value in 0..1}, None without a target.
 
-    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0, with rank_t(s) the rank of s
-    among the sources other than t by the metric on t. Ties: the expected value over random order. The name is the
-    paper's, the formula is our reading. table: {source: {target: metric or None}}, single sources only, of a metric
-    where more is better (not logloss); a target with an empty cell (None, or missing) is left out for all sources.
+    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0; rank_t(s) is the rank of s among
+    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
+    the formula is our reading. It ranks sources and knows nothing of harm: the first of two that both fall below
+    zero-shot still gets 1. table: {source: {target: metric or None}}, single sources only; a target with an empty cell
+    is left out for all sources.
     """
-    gain = lambda rank: 1 / rank if rank <= k else 0.0
-    targets = list(dict.fromkeys(target for row in table.values() for target in row))
+    targets = {}
+    for cells in table.values():
+        targets.update(cells)
     terms = {source: [] for source in table}
     for target in targets:
-        column = {source: row.get(target) for source, row in table.items() if source != target}
+        column = {source: cells.get(target) for source, cells in table.items() if source != target}
         if None in column.values():
             continue
+        values = np.array(list(column.values()))
         for source, value in column.items():
-            above = sum(other > value for other in column.values())
-            tied = sum(other == value for other in column.values())
-            terms[source].append(sum(gain(above + i) for i in range(1, tied + 1)) / tied)
-    return {source: sum(t) / len(t) if t else None for source, t in terms.items()}
+            above = (values > value).sum()
+            tied = (values == value).sum()
+            ranks = np.arange(above + 1, above + tied + 1)
+            terms[source].append(np.mean((ranks <= k) / ranks))
+    return {source: float(np.mean(values)) if values else None for source, values in terms.items()}
 
-# -------------------------------------------------------------------------------------------- files and command lines
+# ------------------------------------------------------------------------------------------------- files and flags
 
-USER = {"user", "history", "candidates", "labels"}  # the keys of a user's line
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
-
-
-class UserError(Exception):
-    """Anything the user can mend: one line on standard error, exit code 2."""
+SPLITS = ("train", "valid", "test")
 
 
 def digest(*parts):
@@ -899,96 +1193,177 @@ def read_json(path):
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
+def read_lines(path):
+    """Yield (line number, JSON object) of a .jsonl file. Raises UserError where it is missing or broken."""
+    if not Path(path).exists():
+        raise UserError(f"{path} is missing")
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                raise UserError(f"{path}, line {number}: not JSON") from None
+            if not isinstance(value, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
+            yield number, value
+
+
 def read_meta(data, name):
-    """meta.json of a prepared dataset. Raises UserError with the command that prepares it."""
-    dataset(name)
+    """meta.json of a prepared dataset. Raises UserError with what to do."""
     path = Path(data, name, "meta.json")
+    if not path.exists() and name not in DOMAINS:
+        raise UserError(f"unknown dataset {name!r}; there are {', '.join(DOMAINS)}; one of your own is a folder "
+                        f"{Path(data, name)} with a meta.json")
     if not path.exists():
         what = "demo" if name in DEMO else f"{name} --raw RAW"
         raise UserError(f"dataset {name} is not prepared ({path} is missing); "
                         f"run: python prepare_data.py {what} --out {data} (or is --data wrong?)")
     meta = read_json(path)
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}; prepare it again")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("domain"), str):
+        raise UserError(f'{path}: this version reads {{"format": {FORMAT}, "domain": "...", ...}}; prepare it again')
     return meta
 
 
+def check_datasets(names, data, split):
+    """{name: meta.json} of datasets, each prepared and with this split, none twice. Raises UserError."""
+    metas = {}
+    for name in names:
+        metas[name] = read_meta(data, name)
+        path = Path(data, name, f"{split}.jsonl")
+        if not path.exists():
+            raise UserError(f"dataset {name} has no {split} split ({path} is missing); "
+                            "prepare it with --test-size or --train-size")
+    return metas
+
+
+def domains_of(metas):
+    """{dataset: domain} of the benchmark's datasets and of those with these meta.json."""
+    return {**DOMAINS, **{name: meta["domain"] for name, meta in metas.items()}}
+
+
+def data_sha256(data, name):
+    """sha256 over the items and splits of a dataset: what its results were computed from."""
+    content = hashlib.sha256()
+    for part in ("items", *SPLITS):
+        path = Path(data, name, f"{part}.jsonl")
+        if path.exists():
+            content.update(path.read_bytes())
+    return content.hexdigest()
+
+
 def read_items(data, name):
-    """Texts of a prepared dataset, cut to TEXT_LIMIT characters: {item id: text}, and how many were cut."""
-    items = {row["id"]: row["text"] for row in read_lines(Path(data, name, "items.jsonl"))}
-    cut = sum(len(text) > TEXT_LIMIT for text in items.values())
-    return {key: text[:TEXT_LIMIT] for key, text in items.items()}, cut
-
-
-def texts_of(user, items):
-    """A user's (history texts, candidate texts). Raises UserError where an item has no text."""
-    try:
-        return [items[i] for i in user["history"]], [items[i] for i in user["candidates"]]
-    except KeyError as error:
-        raise UserError(f"user {user['user']!r} has item {error}, which items.jsonl lacks; prepare it again") from None
+    """Item texts of a dataset: {item id: text}. Raises UserError, naming the line."""
+    path = Path(data, name, "items.jsonl")
+    items = {}
+    for number, row in read_lines(path):
+        if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
+            raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, both strings')
+        if row["id"] in items:
+            raise UserError(f"{path}, line {number}: the id {row['id']!r} stands there twice")
+        items[row["id"]] = row["text"]
+    return items
 
 
 def read_users(data, name, split, limit=None):
-    """Iterate over the users of a split in order: {"user", "history" (oldest first), "candidates", "labels"}."""
+    """The users of a split, in order, and the texts of the dataset's items: ([user], {item id: text}).
+
+    A user is {"user": name, "history": [item ids, oldest first], "candidates": [item ids], "labels": [0 or 1]}. Each
+    line is checked as it is read. Raises UserError with file, line number and what is wrong.
+    """
+    items = read_items(data, name)
     path = Path(data, name, f"{split}.jsonl")
-    if not path.exists():
-        raise UserError(f"dataset {name} has no {split} split ({path} is missing); "
-                        "prepare it with --test-size or --train-size")
-
-    def users():
-        for number, user in enumerate(read_lines(path), 1):
-            if not USER <= user.keys() or not 0 < len(user["candidates"]) == len(user["labels"]):
-                raise UserError(f"{path}, line {number}: a user has {', '.join(sorted(USER))}, as many labels as "
-                                "candidates and at least one")
-            yield user
-    return islice(users(), limit)
-
-
-def read_lines(path, mend="prepare the dataset again"):
-    """Yield the JSON values of a .jsonl file. Raises UserError, with what to do, where it is missing or broken."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing; {mend}")
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}, line {number}: not JSON; {mend}") from None
+    users = []
+    for number, user in read_lines(path):
+        fault = user_fault(user, items)
+        if fault:
+            raise UserError(f"{path}, line {number}: {fault}")
+        users.append(user)
+        if len(users) == limit:
+            break
+    if not users:
+        raise UserError(f"{path} is empty: there are no users")
+    return users, items
 
 
-def read_run(folder, model=None, kind=None):
-    """run.json of a finished finetune.py run, {} for no folder. Raises UserError where model or type are other ones."""
-    if not folder:
-        return {}
+def user_fault(user, items):
+    """What is wrong with a user's line, None where nothing is."""
+    if not isinstance(user.get("user"), str):
+        return '"user" must be a string'
+    for key in ("history", "candidates"):
+        ids = user.get(key)
+        if not isinstance(ids, list):
+            return f'"{key}" must be a list of item ids'
+        for item in ids:
+            if not isinstance(item, str):
+                return f'"{key}" holds {item!r}, and an item id is a string'
+            if item not in items:
+                return f'"{key}" holds the item {item!r}, which items.jsonl lacks'
+    labels = user.get("labels")
+    if not user["candidates"] or not isinstance(labels, list) or len(labels) != len(user["candidates"]):
+        return '"labels" must be a list with a label for each candidate, of which there is at least one'
+    for label in labels:
+        if type(label) is not int or label not in (0, 1):
+            return f"a label is 0 or 1, not {json.dumps(label)}"
+    return None
+
+
+def with_texts(user, items):
+    """The user with item texts, cut to TEXT_LIMIT characters, in place of item ids: what a Scorer reads."""
+    history = [items[item][:TEXT_LIMIT] for item in user["history"]]
+    candidates = [items[item][:TEXT_LIMIT] for item in user["candidates"]]
+    return {**user, "history": history, "candidates": candidates}
+
+
+def count_long_texts(users, items):
+    """How many of the items of users have a text that with_texts cuts."""
+    used = set()
+    for user in users:
+        used.update(user["history"], user["candidates"])
+    return sum(len(items[item]) > TEXT_LIMIT for item in used)
+
+
+def folder_sha256(folder):
+    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, last megabytes."""
+    content = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            size = path.stat().st_size
+            content.update(f"{path.relative_to(folder)} {size}\n".encode())
+            with open(path, "rb") as file:
+                file.seek(max(0, size - 2**20))
+                content.update(file.read())
+    return content.hexdigest()
+
+
+def model_identity(model):
+    """What stands for a model in a job: a hub id, or the hash of a local folder, which may move."""
+    name = model_name(model)
+    return f"sha256 {folder_sha256(name)}" if Path(name).is_dir() else name
+
+
+def job_state(place, job, found, finished, overwrite):
+    """What to do about an output at `place`: "start", "continue" or "finished".
+
+    job: what the output is made of, a dict of JSON values. found: the job that stands beside what is there, None where
+    there is nothing. Raises UserError where that is another job and --overwrite is not given.
+    """
+    if found is None or overwrite:
+        return "start"
+    changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
+    if changed:
+        raise UserError(f"{place} was made with other {', '.join(changed)}: choose another --out or give --overwrite")
+    return "finished" if finished else "continue"
+
+
+def read_run(folder, args):
+    """run.json of the finetune.py run in folder. Raises UserError where it is unfinished or of another model or type."""
     if not Path(folder, "run.json").exists():
-        raise UserError(f"{folder} holds no fine-tuned adapter (run.json is missing)")
+        raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing)")
     run = read_json(Path(folder, "run.json"))
-    if not run.get("finished"):
-        raise UserError(f"{folder} is unfinished: run its finetune.py command again to finish it")
-    if not model:
-        return run
-    prints = run.get("arguments", {}).get("model_fingerprint"), fingerprint(model)
-    same = prints[0] == prints[1] if all(prints) else run["model"] == MODELS.get(model, model)  # a folder may move
-    if not same or run["type"] != kind:
-        now = "" if same or run["model"] != model else ", whose files have changed"
-        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, "
-                        f"not for --model {MODELS.get(model, model)} --type {kind}{now}")
+    if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
+        raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
+                        f"--model {args.model} --type {args.type} (or the model's files have changed)")
     return run
-
-
-def fingerprint(folder):
-    """A hash of a local model's or adapter's files (names, sizes, 16 MB out of each); None where there are none."""
-    kinds = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json",
-             "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "chat_template*", "*.py")
-    parts = []
-    for path in sorted({path for kind in kinds for path in Path(folder).glob(kind)} if folder else ()):
-        size, content = path.stat().st_size, hashlib.sha256()
-        with open(path, "rb") as file:
-            for start in range(0, size, max(1 << 20, size // 16)):
-                file.seek(start)
-                content.update(file.read(1 << 20))
-        parts += [path.name, size, content.hexdigest()]
-    return f"{digest(*parts):016x}" if parts else None
 
 
 def versions():
@@ -999,52 +1374,32 @@ def versions():
 
 
 def peak_memory_gb(device):
-    """Peak memory in GB: on a GPU since the model was loaded, else resident memory of this process since its start."""
+    """Peak memory in GB: on a GPU since the model was loaded, else of this process; None on Windows."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def markdown_table(rows):
     """A Markdown table of rows of str; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    head, *lines = ("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
-    return "\n".join([head, re.sub("[^|]", "-", head), *lines])
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def say(message):
-    """A line for the person at the terminal, on standard error, beside progress bars; from torchrun's first process."""
+    """A line on standard error, beside progress bars; from torchrun's first process alone."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(message, file=sys.stderr)
-
-
-def shared_arguments(parser):
-    """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
-    add = parser.add_argument_group("shared flags").add_argument
-    add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
-    add("--type", choices=["prompt", "embed"], default="prompt",
-        help="score by the Yes/No logits of a prompt or by the cosine of embeddings")
-    add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
-    add("--chat-template", action="store_true", help="wrap prompts by the tokenizer's chat template")
-    add("--pooling", choices=["auto", "last", "mean"], default="auto",
-        help="embedding of a text: its last token (auto: decoder-only models) or the mean over tokens (auto: others)")
-    add("--seed", type=whole, metavar="N", default=2025, help="seed of everything random")
-    add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
-        help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
-    add("--max-length", type=positive, metavar="TOKENS", default=1024,
-        help="of a prompt, at most; histories are cut to it, oldest items first")
-    add("--max-tokens", type=positive, metavar="TOKENS", help="of a forward pass; lower it if memory runs out "
-        "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
-    add("--overwrite", action="store_true", help="replace outputs made with other arguments")
-
-
-def folder(text):
-    """A path to write a folder to, for argparse."""
-    if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; it takes a folder")
-    return text
 
 
 def whole(text, least=0):
@@ -1059,19 +1414,48 @@ def positive(text):
     return whole(text, 1)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (UserError) and whose help is the script's docstring, the flags, defaults."""
+def folder(text):
+    """A path to write a folder to, for argparse."""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; it takes a folder")
+    return text
 
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            silent = action.default in (None, False, argparse.SUPPRESS)
-            return action.help + ("" if silent else " (default: %(default)s)")
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the script's docstring as it stands, and the defaults of the flags."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line (UserError) and whose help is the script's docstring."""
 
     def __init__(self, doc, script=None):
-        super().__init__(prog=script, description=doc, formatter_class=self.Help, allow_abbrev=False)
+        super().__init__(prog=script, description=doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{self.prog}: {message} (see --help)")
+
+
+def shared_arguments(parser):
+    """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
+    add = parser.add_argument_group("shared flags").add_argument
+    add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
+    add("--type", choices=["prompt", "embed"], default="prompt",
+        help="score by the Yes/No logits of a prompt or by the cosine of embeddings")
+    add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
+    add("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    add("--pooling", choices=["auto", "cls", "mean", "last"], default="auto",
+        help="embedding of a text: its first token, the mean over tokens, or its last token; auto: as the model's own "
+             "files say, else last for decoder-only models and mean for others")
+    add("--seed", type=whole, metavar="N", default=2025, help="seed of everything random")
+    add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
+        help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
+    add("--max-length", type=positive, metavar="TOKENS", default=1024,
+        help="tokens per text, at most; histories are cut to it, oldest items first")
+    add("--max-tokens", type=positive, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs out "
+        "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
+    add("--overwrite", action="store_true", help="start anew and replace what is there")
 
 
 def run(main, argv=None):
@@ -1080,12 +1464,12 @@ def run(main, argv=None):
         return main(argv) or 0
     except UserError as error:
         message = str(error)
-    except OSError as error:  # a full disk, a file-size limit, a folder that cannot be written
+    except OSError as error:  # a full disk, a folder that cannot be written
         message = f"{error.filename or 'input/output'}: {error.strerror or error}"
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: lower --max-tokens"
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command, without --overwrite, to continue", file=sys.stderr)
+        print("\ninterrupted; the same command, without --overwrite, continues", file=sys.stderr)
         return 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -3,18 +3,19 @@
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind movielens --out results/zero-shot
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --adapter runs/mind --test all --out results/mind
     python evaluate.py --model intfloat/e5-base-v2 --type embed --test all --out results/e5
-    python evaluate.py --model popularity --test all --out results/popularity       (also: random, overlap)
+    python evaluate.py --model itemknn --test all --out results/itemknn            (also: random, popularity)
+    python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind --out results/other --history other \\
+        --against results/zero-shot                                                (does the history matter?)
 
-For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost, arguments) and OUT/<dataset>.scores.jsonl (one
-line a user: {"user": ..., "scores": [...]}). A killed run continues by the same command, without --overwrite.
+For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost) and OUT/<dataset>.scores.jsonl: a line that says
+how the scores were made, then a line per user, {"user": ..., "scores": [...]}. A killed run continues by the same command,
+without --overwrite.
 """
 import json
+import math
 import os
 import sys
 import time
-from array import array
-from collections import Counter
-from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,242 +24,342 @@ from tqdm import tqdm
 import common
 from common import UserError, say
 
-CHUNK = 256  # users scored and written at a time: memory does not grow with the test set
+BASELINES = ("random", "popularity", "itemknn")  # no model: to read other numbers against
+SHOWN = ("auc", "group_auc", "ndcg@10", "mrr")  # of the metrics, in tables
 
 
 def arguments(argv):
     parser = common.Parser(__doc__, "evaluate.py")
     parser.add_argument("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
-                        f"or a baseline without a model: {', '.join(common.BASELINES)}")
+                        f"or a baseline without a model: {', '.join(BASELINES)}")
     parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")
-    parser.add_argument("--out", required=True, type=common.folder, help="folder for the results")
+    parser.add_argument("--out", required=True, type=common.folder, metavar="RESULTS", help="folder for the results")
     parser.add_argument("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
-    parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="which users to score")
-    parser.add_argument("--limit-users", type=common.positive, help="score the first N users only")
+    parser.add_argument("--split", choices=common.SPLITS, default="test", help="which users to score")
+    parser.add_argument("--limit-users", type=common.positive, metavar="N", help="score the first N users only")
+    parser.add_argument("--history", choices=["own", "other"], default="own",
+                        help="other: score each user with the history of the next user of the split")
+    parser.add_argument("--against", metavar="RESULTS", help="print the paired differences from these results, too")
     common.shared_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model in BASELINES and args.adapter:
+        raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
+    return args
 
 
 def main(argv=None):
     args = arguments(argv)
-    metas = read_metas(args)
-    names = list(metas)
-    if args.model in common.BASELINES and args.adapter:
-        raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
-    run = common.read_run(args.adapter, args.model, args.type)
-    job = describe(args)
-    jobs = {name: {**job, "data_sha256": meta["sha256"]} for name, meta in metas.items()}
-    for key in ("prompt", "chat_template", "pooling", "max_length"):
-        if run and run["arguments"].get(key) != job[key]:
-            say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
-    before = {name: finished(args, name, jobs[name]) for name in names}  # an obstacle is said before any scoring
-    scorer, results = None, []
-    for name in names:
-        setting = common.setting_of(run.get("train_chain", []), name, len(names) == 1)
-        if (done := before[name]) is None:
-            if scorer is None and args.model not in common.BASELINES:
-                scorer = common.load_scorer(args)
-                scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
-            done = evaluate(args, name, jobs[name], setting, scorer)
-        results.append({**done, "setting": setting})
-        if done["setting"] != setting:  # it was evaluated alone then and is among others now, or the reverse
-            common.write_json(Path(args.out, f"{name}.json"), results[-1])
-        if name in set(run.get("valid_chain", [])) - set(run.get("train_chain", [])):
-            say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
-    print(table(results))
+    metas = check_tests(args)
+    run = common.read_run(args.adapter, args) if args.adapter else {}
+    say_warnings(args, run, metas)
+    jobs = {name: job_of(args, name) for name in metas}
+    states = {name: state_of(args, name, job) for name, job in jobs.items()}  # what is in the way is said at once
+    if args.against:
+        check_against(args, jobs)
+    scorer = None
+    results = []
+    for name, state in states.items():
+        if state == "finished":
+            results.append(common.read_json(result_path(args.out, name)))
+            continue
+        users, items = common.read_users(args.data, name, args.split, args.limit_users)
+        if scorer is None and args.model not in BASELINES:
+            scorer = common.load_scorer(args)
+            scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
+        started = time.perf_counter()
+        cost = score_users(args, name, users, items, scorer, jobs[name], state)
+        cost["seconds"] = time.perf_counter() - started
+        results.append(finish(args, name, users, items, scorer, jobs[name], cost))
+    domains = {**common.domains_of(metas), **run.get("domains", {})}
+    print(table(results, run.get("train_chain", []), domains))
+    if args.against:
+        print("\n" + against(args, results))
+
+# ------------------------------------------------------------------------------------------------ before scoring
 
 
-def read_metas(args):
-    """meta.json of the datasets to score, {dataset: meta}. Raises UserError where one or its split is missing."""
-    names = prepared(args) if args.test == ["all"] else common.check_names(args.test)
-    metas = {name: common.read_meta(args.data, name) for name in names}
-    for name in names:
-        common.read_users(args.data, name, args.split)
-    return metas
-
-
-def prepared(args):
-    """Every dataset in --data that has the split, in the benchmark's order."""
-    names = [n for n in [*common.DATASETS, *common.DEMO] if Path(args.data, n, f"{args.split}.jsonl").exists()]
+def check_tests(args):
+    """{dataset: meta.json} of the datasets to score. Raises UserError where one or its split is missing."""
+    if args.test != ["all"]:
+        return common.check_datasets(args.test, args.data, args.split)
+    found = [path.parent.name for path in Path(args.data).glob(f"*/{args.split}.jsonl")]
+    names = [name for name in common.DOMAINS if name in found]  # the benchmark's in its own order, then the others
+    names += sorted(set(found) - set(names))
     if not names:
         raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
-    missing = [n for n, row in common.DATASETS.items() if row.test and n not in names]
+    missing = [name for name, row in common.DATASETS.items() if row.test and name not in names]
     if missing and set(names) & set(common.DATASETS):
         say(f"not prepared, so not evaluated: {', '.join(missing)}")
-    return names
+    return common.check_datasets(names, args.data, args.split)
 
 
-def describe(args):
-    """All but the data that the scores depend on; results made under another description are not taken for these."""
-    keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "seed")
-    return {**{key: getattr(args, key) for key in keys}, "prompt": common.load_prompt(args.prompt),
-            "dtype": common.placement(args)[1],
-            "model": common.fingerprint(args.model) or common.MODELS.get(args.model, args.model),  # folders may move
-            "adapter": common.fingerprint(args.adapter)}
+def say_warnings(args, run, names):
+    """Say what makes the results of an adapter less than they seem."""
+    for key in ("prompt", "chat_template", "pooling", "max_length"):
+        if run and run["arguments"][key] != getattr(args, key):
+            say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
+    for name in names:
+        if name in run.get("valid_chain", []) and name not in run["train_chain"]:
+            say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
 
 
-def finished(args, name, job):
-    """The result that is there already for the same job, else None. Raises UserError where another is in the way."""
-    result, part, *scores = (Path(args.out, name + end)
-                             for end in (".json", ".part.json", ".scores.jsonl", ".scores.jsonl.part"))
-    if args.overwrite:
-        for path in (result, part, *scores):
-            path.unlink(missing_ok=True)
-    for path, read in ((result, lambda r: r.get("arguments")), (part, lambda r: r)):
-        if path.exists() and read(common.read_json(path)) != job:
-            raise UserError(f"{path} was made with other arguments or data: choose another --out or give --overwrite")
-    for path in scores:
-        if path.exists() and not result.exists() and not part.exists():
-            raise UserError(f"nothing says how {path} was made: choose another --out or give --overwrite")
-    return common.read_json(result) if result.exists() else None
+def result_path(out, name):
+    return Path(out, f"{name}.json")
 
 
-def evaluate(args, name, job, setting, scorer):
-    """Score one dataset, from where a killed run stopped, and write its two files. Returns the result (a dict).
+def scores_path(out, name):
+    return Path(out, f"{name}.scores.jsonl")
 
-    Its cost and truncation are about the users scored now, after the first `users_resumed`.
+
+def job_of(args, name):
+    """What the scores of a dataset are made of: scores of another job are never taken for these."""
+    keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "history", "seed")
+    job = {key: getattr(args, key) for key in keys}
+    job["prompt"] = common.load_prompt(args.prompt)
+    job["dtype"] = common.placement(args)[1]
+    job["model"] = args.model if args.model in BASELINES else common.model_identity(args.model)
+    job["adapter"] = common.folder_sha256(args.adapter) if args.adapter else None
+    job["data_sha256"] = common.data_sha256(args.data, name)
+    return job
+
+
+def state_of(args, name, job):
+    """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
+    result, scores = result_path(args.out, name), scores_path(args.out, name)
+    if not scores.exists():
+        return "start"
+    with open(scores, "rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n"):  # killed while the first line was written
+        return "start"
+    try:
+        found = json.loads(first)["job"]
+    except (ValueError, KeyError, TypeError):
+        found = {}  # a file of somebody else
+    return common.job_state(scores, job, found, result.exists(), args.overwrite)
+
+
+def check_against(args, jobs):
+    """Raise UserError unless --against holds results of the same users and candidates for one dataset at least."""
+    shared = [name for name in jobs if result_path(args.against, name).exists()]
+    if not shared:
+        raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
+    for name in shared:
+        other = common.read_json(result_path(args.against, name))["job"]
+        for key in ("data_sha256", "split", "limit_users"):
+            if other[key] != jobs[name][key]:
+                raise UserError(f"{result_path(args.against, name)} was made on other users or candidates "
+                                f"({key} differs): a paired difference needs the same")
+
+# ------------------------------------------------------------------------------------------------------- scoring
+
+
+def score_users(args, name, users, items, scorer, job, state):
+    """Write the scores file: the job, then a line per user, appended as they are scored. Returns what it took.
+
+    A run that was killed goes on after its last whole line; what it takes is then counted for the users after that.
     """
-    scores_file = Path(args.out, f"{name}.scores.jsonl")
-    part, part_job = Path(f"{scores_file}.part"), Path(args.out, f"{name}.part.json")
-    common.write_json(part_job, job)
-    if scores_file.exists():  # killed after the rename: only the metrics are missing
-        os.replace(scores_file, part)
-    done = whole_lines(part)
-    if done:
-        say(f"{name}: continuing after {done} users")
-    started, counts = time.perf_counter(), score_users(args, name, scorer, part, done)
-    seconds = time.perf_counter() - started
-    for key, what in TRUNCATED.items():
-        if counts[key]:
-            say(f"{name}: {counts[key]} {what}")
-    result = summarize(args, name, part, is_logit=args.type == "prompt" and scorer is not None)
-    result = {
-        "dataset": name, "split": args.split, "setting": setting, "type": args.type,
-        "model": common.MODELS.get(args.model, args.model),
-        "adapter": args.adapter, **result, "users_resumed": done, "truncated": {key: counts[key] for key in TRUNCATED},
-        "seconds": seconds, "samples_per_s": counts["samples"] / seconds, "tokens_scored": counts["tokens_scored"],
-        "tokens_unpacked": counts["tokens_unpacked"],
-        "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
-        "data_sha256": job["data_sha256"], "seed": args.seed, "arguments": job, "versions": common.versions()}
-    os.replace(part, scores_file)
-    common.write_json(Path(args.out, f"{name}.json"), result)
-    part_job.unlink()
-    return result
+    path = scores_path(args.out, name)
+    done = cut_torn_line(path) - 1 if state == "continue" else 0
+    chunk = 256 if scorer is None else max(1, scorer.max_tokens // 256)  # users: some seconds at most are lost
+    readers = read_baskets(args, name) if args.model in BASELINES else None
+    known = {}  # embeddings of items
+    cost = {"samples": 0, "tokens_scored": 0, "tokens_unpacked": 0}
+    file = open(path, "a", encoding="utf-8") if state == "continue" else None
+    progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
+    for start in range(done, len(users), chunk):
+        batch = [with_history(args, users, i) for i in range(start, min(start + chunk, len(users)))]
+        if scorer is None:
+            scores, took = baseline_scores(args, name, batch, readers), {}
+        elif args.type == "embed":
+            scores, took = common.score_embeddings(scorer, [common.with_texts(user, items) for user in batch], known)
+        else:
+            scores, took = common.score_prompts(scorer, [common.with_texts(user, items) for user in batch])
+        lines = score_lines(name, batch, scores, took)
+        if file is None:  # the first scores are there: only now does an older result go
+            result_path(args.out, name).unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w", encoding="utf-8")
+            lines = json.dumps({"job": job}) + "\n" + lines
+        file.write(lines)
+        file.flush()
+        progress.update(len(batch))
+        cost["samples"] += sum(map(len, scores))
+        for key in ("tokens_scored", "tokens_unpacked"):
+            cost[key] += took.get(key, 0)
+    progress.close()
+    if file is not None:
+        file.close()
+    return cost
 
 
-TRUNCATED = {"texts": "item texts longer than 512 characters, cut",
-             "histories": "users whose oldest items were dropped", "halved": "users whose texts were halved"}
+def cut_torn_line(path):
+    """The number of whole lines of a file; a torn last line is cut off."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    os.truncate(path, whole)
+    return content.count(b"\n")
 
 
-def whole_lines(path):
-    """Number of whole lines of a file (0 where there is none); a torn last line is cut off."""
-    if not path.exists():
-        return 0
-    with open(path, "rb+") as file:
-        lines, end = 0, 0
-        for line in file:
-            if line.endswith(b"\n"):
-                lines, end = lines + 1, end + len(line)
-        file.truncate(end)
+def with_history(args, users, i):
+    """User i, for --history other with the history of the next user; items that are among the candidates are left out.
+
+    A model that personalises loses by it, one that only knows what is popular does not.
+    """
+    user = users[i]
+    if args.history == "own":
+        return user
+    others = users[(i + 1) % len(users)]["history"]
+    return {**user, "history": [item for item in others if item not in user["candidates"]]}
+
+
+def score_lines(name, batch, scores, took):
+    """The lines of users in the scores file. Raises UserError where a score is no number."""
+    lines = ""
+    for i, (user, values) in enumerate(zip(batch, scores)):
+        if not np.isfinite(values).all():
+            raise UserError(f"{name}: scores of user {user['user']} are NaN or infinite; try --dtype float32")
+        line = {"user": user["user"], "scores": values.tolist()}
+        if took.get("dropped", [0] * len(batch))[i]:
+            line["dropped"] = took["dropped"][i]  # so many of the oldest items of the history did not fit
+        lines += json.dumps(line) + "\n"
     return lines
 
 
-def score_users(args, name, scorer, part, done):
-    """Append {"user", "scores"} to `part` of users after the first `done`. Returns counts of samples, tokens, cuts."""
-    (items, cut), known, popularity, checked = common.read_items(args.data, name), {}, None, False
-    counts = Counter(texts=cut)
-    if args.model == "popularity":
-        popularity = count_popularity(args, name)
-    users = common.read_users(args.data, name, args.split, args.limit_users)
-    total = min(common.read_meta(args.data, name)["splits"][args.split]["users"], args.limit_users or sys.maxsize)
-    bar = tqdm(total=total, initial=done, desc=name, unit="user", mininterval=0.5)
-    users = islice(users, done, None)
-    with open(part, "a", encoding="utf-8") as file, bar:
-        while chunk := list(islice(users, CHUNK)):
-            texts = [common.texts_of(user, items) for user in chunk]
-            if scorer is None:
-                scores = np.concatenate([baseline(args, name, user, items, popularity) for user in chunk])
-            elif args.type == "embed":
-                scores, more = common.score_embeddings(scorer, texts, known)
-                counts += more
-            else:
-                if not checked:
-                    scorer, checked = common.check_packing(scorer, texts), any(len(c) > 1 for _, c in texts)
-                scores, more = common.score_prompts(scorer, texts)
-                counts += more
-            if not np.isfinite(scores).all():
-                raise UserError(f"{name}: {(~np.isfinite(scores)).sum()} of {len(scores)} scores are NaN or infinite; "
-                                f"try --dtype float32")
-            counts["samples"] += len(scores)
-            ends = np.cumsum([len(user["candidates"]) for user in chunk])
-            for user, values in zip(chunk, np.split(scores, ends)):
-                file.write(json.dumps({"user": user["user"], "scores": values.tolist()}) + "\n")
-            file.flush()
-            bar.update(len(chunk))
-    return counts
-
-
-def count_popularity(args, name):
-    """(how often an item is a positive or in a history of the training split; False) or, without one or to score that
-    split itself, of the scored split's histories and True: then a user's own history is not counted for that user."""
-    counts, train = Counter(), args.split != "train" and Path(args.data, name, "train.jsonl").exists()
-    for user in common.read_users(args.data, name, "train" if train else args.split):
-        counts.update(user["history"])
-        if train:
-            counts.update(item for item, label in zip(user["candidates"], user["labels"]) if label)
-    return counts, not train
-
-
-def baseline(args, name, user, items, popularity):
-    """common.baseline_scores of a user; the user's own history does not make an item popular."""
-    counts, own = popularity or (None, False)
-    if own:
-        counts = {item: counts[item] - user["history"].count(item) for item in user["candidates"]}
-    return np.array(common.baseline_scores(args.model, args.seed, name, user, items, counts))
-
-
-def read_scores(path, data, name, split, limit=None):
-    """Scores, labels, user numbers of a scores file: 3 arrays (samples,). Raises UserError where they do not fit."""
-    scores, labels, sizes = array("d"), array("b"), array("i")
-    nothing, users = {"user": None, "scores": (), "labels": ()}, common.read_users(data, name, split, limit)
-    mend = "give evaluate.py --overwrite to score it again"
-    for line, user in zip_longest(common.read_lines(path, mend), users, fillvalue=nothing):
-        if line["user"] != user["user"] or len(line["scores"]) != len(user["labels"]):
-            raise UserError(f"{path} does not fit the {split} split of {name}; {mend}")
-        scores.extend(line["scores"])
-        labels.extend(user["labels"])
-        sizes.append(len(user["labels"]))
-    return np.array(scores), np.array(labels), np.repeat(np.arange(len(sizes)), sizes)
-
-
-def summarize(args, name, path, is_logit):
-    """The metrics of a whole scores file, and the sizes of what was scored."""
-    scores, labels, users = read_scores(path, args.data, name, args.split, args.limit_users)
-    if not len(scores):
-        raise UserError(f"the {args.split} split of {name} is empty")
-    result = {"n_users": int(users[-1]) + 1, "n_samples": len(scores), "n_positives": int(labels.sum())}
-    result.update(common.evaluate_scores(scores, labels, users, is_logit, seed=args.seed))
-    interval = result["ci"]["group_auc"]
-    result["collapsed"] = bool(interval and interval[0] <= 0.5 <= interval[1] and interval[1] - interval[0] < 0.04)
-    if result["collapsed"]:
-        say(f"{name}: the scores tell nothing about these users: group AUC {result['group_auc']:.3f}, 95% interval "
+def finish(args, name, users, items, scorer, job, cost):
+    """Compute the metrics of a whole scores file and write the result. Returns it (a dict)."""
+    scored, histories_cut = read_scores(scores_path(args.out, name), users)
+    labels = np.concatenate([labels for _, labels in scored])
+    metrics = common.evaluate_users(scored, seed=args.seed)
+    interval = metrics["ci"]["group_auc"]
+    collapsed = interval is not None and interval[0] <= 0.5 <= interval[1] and interval[1] - interval[0] < 0.1
+    result = {
+        "dataset": name, "split": args.split, "type": args.type, "model": common.model_name(args.model),
+        "adapter": args.adapter, "n_users": len(users), "n_samples": len(labels), "n_positives": int(labels.sum()),
+        **metrics, "collapsed": collapsed,
+        "truncated": {"texts": common.count_long_texts(users, items), "histories": histories_cut},
+        "seconds": cost["seconds"], "samples_per_s": cost["samples"] / cost["seconds"],
+        "tokens_scored": cost["tokens_scored"], "tokens_unpacked": cost["tokens_unpacked"],
+        "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
+        "data_sha256": job["data_sha256"], "seed": args.seed, "job": job, "arguments": vars(args),
+        "versions": common.versions()}
+    common.write_json(result_path(args.out, name), result)
+    for what, count in result["truncated"].items():
+        if count:
+            say(f"{name}: {count} {what} were cut to fit")
+    if collapsed:
+        say(f"{name}: the scores tell nothing about these users: group AUC {metrics['group_auc']:.3f}, 95% interval "
             f"{interval[0]:.3f} to {interval[1]:.3f} (chance is 0.5)")
     return result
 
 
-def table(results):
-    """The results as a Markdown table, with the main metrics."""
-    def cell(result, name):
-        if result[name] is None:
-            return "-"
-        low, high = result["ci"].get(name) or (float("nan"),) * 2
-        return f"{result[name]:.3f} [{low:.3f}, {high:.3f}]"
-    names = ["auc", "group_auc", "ndcg@10", "mrr"]
-    rows = [["dataset", "setting", "users", "samples", *names, "samples/s"]]
-    rows += [[r["dataset"], r["setting"], str(r["n_users"]), str(r["n_samples"]), *(cell(r, n) for n in names),
-              f"{r['samples_per_s']:.0f}"] for r in results]
+def read_scores(path, users):
+    """([(scores, labels)] per user, number of users whose history was cut) of a scores file.
+
+    Raises UserError where the file does not fit the users.
+    """
+    scored, cut = [], 0
+    for number, line in common.read_lines(path):
+        if number == 1:  # the job
+            continue
+        user = users[number - 2] if number - 2 < len(users) else {}
+        if line.get("user") != user.get("user") or len(line.get("scores", [])) != len(user.get("labels", [])):
+            raise UserError(f"{path}, line {number}: not the scores of the split's user; --overwrite scores it again")
+        scored.append((np.array(line["scores"], float), np.array(user["labels"])))
+        cut += "dropped" in line
+    if len(scored) != len(users):
+        raise UserError(f"{path} holds {len(scored)} of {len(users)} users; --overwrite scores it again")
+    return scored, cut
+
+# ----------------------------------------------------------------------------------- baselines without a model
+
+
+def read_baskets(args, name):
+    """{item: names of the users who chose it}: as a positive or in a history of the training split.
+
+    Without one, or to score that split itself, by the histories of the scored split.
+    """
+    other_split = args.split != "train" and Path(args.data, name, "train.jsonl").exists()
+    users, _ = common.read_users(args.data, name, "train" if other_split else args.split)
+    chosen_by = {}
+    for user in users:
+        basket = set(user["history"])
+        if other_split:
+            basket.update(item for item, label in zip(user["candidates"], user["labels"]) if label)
+        for item in basket:
+            chosen_by.setdefault(item, set()).add(user["user"])
+    return chosen_by
+
+
+def baseline_scores(args, name, users, chosen_by):
+    """Scores without a model, [float64 (candidates,) per user]; a user's own choices never count for that user.
+
+    random: uniform on [0, 1). popularity: by how many users the item was chosen. itemknn: sum over the history's items
+    h of n(h, c) / sqrt(n(h) n(c)), n counting the users who chose the item, or both (Sarwar et al. 2001).
+    """
+    all_scores = []
+    for user in users:
+        scores = []
+        for candidate in user["candidates"]:
+            own = {user["user"]}
+            fans = chosen_by.get(candidate, set()) - own
+            score = 0.0
+            if args.model == "random":
+                score = common.digest(args.seed, name, user["user"], "random", candidate) / 2**64
+            elif args.model == "popularity":
+                score = len(fans)
+            else:
+                for item in user["history"]:
+                    others = chosen_by.get(item, set()) - own
+                    if fans and others:
+                        score += len(fans & others) / math.sqrt(len(fans) * len(others))
+            scores.append(score)
+        all_scores.append(np.array(scores, float))
+    return all_scores
+
+# -------------------------------------------------------------------------------------------------------- tables
+
+
+def cell(value, interval, sign=""):
+    """A value with its interval, "-" where it is undefined."""
+    if value is None or interval is None:
+        return "-"
+    return f"{value:{sign}.3f} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def table(results, train, domains):
+    """The results as a Markdown table, with the main metrics. train: what the model was trained on."""
+    rows = [["dataset", "setting", "users", "samples", *SHOWN, "samples/s"]]
+    for result in results:
+        setting = common.setting_of(train, result["dataset"], domains)
+        cells = [cell(result[name], result["ci"][name]) for name in SHOWN]
+        rows.append([result["dataset"], setting, str(result["n_users"]), str(result["n_samples"]), *cells,
+                     f"{result['samples_per_s']:.0f}"])
     note = "[95% intervals over the choice of users, not over the luck of a training run]"
     return f"{common.markdown_table(rows)}\n{note}"
+
+
+def against(args, results):
+    """The paired differences from the results in --against, as a Markdown table."""
+    rows = [[f"difference from {args.against}", "users", *SHOWN]]
+    for result in results:
+        name = result["dataset"]
+        if not result_path(args.against, name).exists():
+            continue
+        other = common.read_json(result_path(args.against, name))
+        users, _ = common.read_users(args.data, name, args.split, args.limit_users)
+        ours, _ = read_scores(scores_path(args.out, name), users)
+        theirs, _ = read_scores(scores_path(args.against, name), users)
+        our_draws = common.bootstrap(ours, SHOWN, seed=args.seed)  # one seed: the same users in both draws
+        their_draws = common.bootstrap(theirs, SHOWN, seed=args.seed)
+        row = [name, str(len(users))]
+        for metric in SHOWN:
+            difference = None
+            if result[metric] is not None:
+                difference = result[metric] - other[metric]
+            row.append(cell(difference, common.interval(our_draws[metric] - their_draws[metric]), "+"))
+        rows.append(row)
+    return f"{common.markdown_table(rows)}\n[95% intervals of the paired difference: it is real where 0 lies outside]"
 
 
 if __name__ == "__main__":

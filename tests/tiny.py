@@ -107,7 +107,7 @@ def build(family, folder, tokenizer=None, **changes):
     own = {"bert": word_piece, "t5": lambda: sentence_piece(eos=True), "roberta": sentence_piece}
     tokenizer = tokenizer or own.get(family.removesuffix("-encoder"), byte_level)()
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), **{**arguments, **changes})
+    config = getattr(transformers, config_class)(vocab_size=len(tokenizer) + 4, **{**arguments, **changes})
     model = getattr(transformers, model_class)(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
