@@ -245,6 +245,7 @@ class Scorer(NamedTuple):
     dense: object  # a layer after pooling, None for most models
     limit: int  # tokens of a text, at most
     max_tokens: int  # tokens of a forward pass, at most
+    pad: int  # token id of padding; no token sees it
 
 
 class Row(NamedTuple):
@@ -427,7 +428,7 @@ def packed_mask(segments):
 def causal_inputs(scorer, rows):
     """What a decoder-only model is given, and where the answers are read: after the last token of each suffix."""
     device, dtype = scorer.model.device, scorer.model.dtype
-    ids, positions, segments, answers = lay_out(rows, scorer.tokenizer.pad_token_id or 0)
+    ids, positions, segments, answers = lay_out(rows, scorer.pad)
     segments = torch.tensor(segments, device=device)
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
     if scorer.layout == "packed":
@@ -649,6 +650,8 @@ def load_pretrained(args, name):
     check_tokenizer(name, tokenizer, model)
     if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
+    if args.type == "prompt" and family == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(f"the configuration of {name} names no decoder_start_token_id, where the answer is read")
     model.config.use_cache = False
     model.to(device).eval()
     pooling, dense = FAMILIES[family].pooling, None
@@ -659,7 +662,7 @@ def load_pretrained(args, name):
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
     return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense, limit,
-                  max_tokens)
+                  max_tokens, pad=tokenizer.pad_token_id or 0)
 
 
 def family_of(config):
@@ -668,7 +671,9 @@ def family_of(config):
     if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone denies it
         return "seq2seq"
     saved_class = (config.architectures or [""])[0]
-    if saved_class.endswith(("CausalLM", "LMHeadModel")) and not saved_class.endswith("WithLMHeadModel"):  # XLM: masked
+    if saved_class.endswith("WithLMHeadModel"):  # XLM and Flaubert: either
+        return "causal" if getattr(config, "causal", False) else "masked"
+    if saved_class.endswith(("CausalLM", "LMHeadModel")):
         return "causal"
     return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
@@ -805,7 +810,11 @@ def replace_head(model, answers):
     if getattr(head, "bias", None) is not None:
         two.bias.data = head.bias.data[answers].to(dtype)
     two.register_forward_pre_hook(cast_input)
-    model.set_output_embeddings(two.requires_grad_(False))
+    two.requires_grad_(False)
+    for module in model.modules():  # not set_output_embeddings: T5Gemma's changes the input embeddings, too
+        for child_name, child in module.named_children():
+            if child is head:
+                setattr(module, child_name, two)
     if hasattr(model, "final_logits_bias"):  # BART adds it after the head
         model.final_logits_bias = model.final_logits_bias[:, answers]
 
@@ -888,13 +897,17 @@ def packing_fault(scorer):
 def padding_changes(scorer):
     """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
     long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
-    for share in (2, 16):
-        short = made_up_prompt(scorer, max(2, len(long) // share), 1)
+    for length in (len(long) // 2, len(long) // 16, 3):
+        short = made_up_prompt(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
         if not torch.equal(alone, scores_or_embeddings(scorer, [short])):
             raise UserError(f"model {scorer.name} gives other scores each time it is run, so they mean nothing")
-        beside = scores_or_embeddings(scorer, [short, long])[:1]
-        if (alone - beside).abs().max() > tolerance(scorer.model.dtype, alone):
+        # the padding's content must not be felt at all, its length by no more than rounding
+        beside = scores_or_embeddings(scorer, [short, long])[0]
+        other_pad = scorer._replace(pad=long[0])
+        if not torch.equal(beside, scores_or_embeddings(other_pad, [short, long])[0]):
+            return True
+        if (alone[0] - beside).abs().max() > tolerance(scorer.model.dtype, alone):
             return True
     return False
 
