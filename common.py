@@ -1249,6 +1249,13 @@ def check_datasets(names, data, split):
     return metas
 
 
+def prepared(data, split):
+    """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
+    found = [path.parent.name for path in Path(data).glob(f"*/{split}.jsonl")]
+    names = [name for name in DOMAINS if name in found]
+    return names + sorted(set(found) - set(names))
+
+
 def domains_of(metas):
     """{dataset: domain} of the benchmark's datasets and of those with these meta.json."""
     return {**DOMAINS, **{name: meta["domain"] for name, meta in metas.items()}}

@@ -82,9 +82,7 @@ def check_tests(args):
     """{dataset: meta.json} of the datasets to score. Raises UserError where one or its split is missing."""
     if args.test != ["all"]:
         return common.check_datasets(args.test, args.data, args.split)
-    found = [path.parent.name for path in Path(args.data).glob(f"*/{args.split}.jsonl")]
-    names = [name for name in common.DOMAINS if name in found]  # the benchmark's in its own order, then the others
-    names += sorted(set(found) - set(names))
+    names = common.prepared(args.data, args.split)
     if not names:
         raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
     missing = [name for name, row in common.DATASETS.items() if row.test and name not in names]
@@ -331,7 +329,7 @@ def table(results, train, domains):
     """The results as a Markdown table, with the main metrics. train: what the model was trained on."""
     rows = [["dataset", "setting", "users", "samples", *SHOWN, "samples/s"]]
     for result in results:
-        setting = common.setting_of(train, result["dataset"], domains)
+        setting = common.setting_of(train, result["dataset"], domains) if result["model"] not in BASELINES else "-"
         cells = [cell(result[name], result["ci"][name]) for name in SHOWN]
         rows.append([result["dataset"], setting, str(result["n_users"]), str(result["n_samples"]), *cells,
                      f"{result['samples_per_s']:.0f}"])
