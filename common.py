@@ -284,38 +284,21 @@ def encode(scorer, texts):
     return ids
 
 
-def fit_history(scorer, user):
+def encode_user(scorer, user):
     """(token ids of the user's texts, how many of the oldest items were dropped so that the longest text fits).
 
     All texts of a user are cut alike, so they still share their history. Raises UserError where one item is too long.
     """
-    history, dropped = user["history"], 0
-    ids = encode(scorer, user_texts(scorer, history, user["candidates"]))
+    dropped = 0
+    ids = encode(scorer, user_texts(scorer, user["history"], user["candidates"]))
     while max(map(len, ids)) > scorer.limit:
-        if dropped >= len(history) - 1:
+        dropped += 1
+        history = user["history"][dropped:]
+        if not history:
             raise UserError(f"user {user['user']}: {max(map(len, ids))} tokens with one item of history, and at most "
                             f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
-        dropped += 1
-        ids = encode(scorer, user_texts(scorer, history[dropped:], user["candidates"]))
+        ids = encode(scorer, user_texts(scorer, history, user["candidates"]))
     return ids, dropped
-
-
-def encode_users(scorer, users):
-    """([token ids of each of the user's texts] per user, number of history items dropped per user)."""
-    texts = []
-    for user in users:
-        texts += user_texts(scorer, user["history"], user["candidates"])
-    ids = encode(scorer, texts)  # one call for all: tokenizers work in parallel
-    per_user, dropped, start = [], [], 0
-    for user in users:
-        end = start + (len(user["candidates"]) if scorer.type == "prompt" else 1)
-        texts_of_user, cut = ids[start:end], 0
-        if max(map(len, texts_of_user)) > scorer.limit:
-            texts_of_user, cut = fit_history(scorer, user)
-        per_user.append(texts_of_user)
-        dropped.append(cut)
-        start = end
-    return per_user, dropped
 
 
 def common_prefix(prompts):
@@ -501,11 +484,13 @@ def score_prompts(scorer, users):
 
     What it took: tokens_scored, tokens_unpacked (in separate prompts), dropped (history items per user, to fit).
     """
-    per_user, dropped = encode_users(scorer, users)
-    scores, tokens_scored = score_ids(scorer, per_user)
-    tokens_unpacked = 0
-    for prompts in per_user:
+    per_user, dropped, tokens_unpacked = [], [], 0
+    for user in users:
+        prompts, cut = encode_user(scorer, user)
+        per_user.append(prompts)
+        dropped.append(cut)
         tokens_unpacked += sum(map(len, prompts))
+    scores, tokens_scored = score_ids(scorer, per_user)
     return scores, {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
 
 # ----------------------------------------------------------------------------------------------- embedding scoring
@@ -557,14 +542,15 @@ def score_embeddings(scorer, users, known):
     known: {item text: embedding}, filled here, so that an item is encoded once over all calls; it takes 8 bytes times
     the width per distinct item (20,000 items of width 4,096: 0.7 GB).
     """
-    new = {}
+    ids, dropped, new = [], [], {}
     for user in users:
+        (history_ids,), cut = encode_user(scorer, user)
+        ids.append(history_ids)
+        dropped.append(cut)
         for text in user["candidates"]:
             if text not in known:
-                new[text] = None
-    item_ids = encode_items(scorer, list(new))
-    user_ids, dropped = encode_users(scorer, users)
-    ids = [texts[0] for texts in user_ids] + item_ids
+                new[text] = None  # a dict, as a set in order
+    ids += encode_items(scorer, list(new))
     vectors = embed_ids(scorer, ids)
     known.update(zip(new, vectors[len(users):]))
     scores = []

@@ -325,7 +325,7 @@ def read_train(args, scorer):
         truncated["texts"] += common.count_long_texts(users, items)
         for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=processes()[0] > 0, mininterval=0.5):
             user = common.with_texts(user, items)
-            (texts,), (dropped,) = common.encode_users(scorer, [user])
+            texts, dropped = common.encode_user(scorer, user)
             if args.type == "embed":
                 texts = texts + common.encode_items(scorer, user["candidates"])
             train.append(([array("i", text) for text in texts], user["labels"]))  # 4 bytes per token, a list takes 36
