@@ -8,35 +8,35 @@
     python prepare_data.py mind --from-recbench recbench-md --out data                 the authors' own samples
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
-Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line a user {"user",
+Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line per user {"user",
 "history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read; what was dropped and why:
 events of the whole files, then of the users that were looked at until the sizes were reached; sha256).
 
-Files of any size are read as a stream. Kept are all rows of the users whose hash is below a threshold; when they
-exceed --max-rows the threshold is halved. Users are then taken in the order of their hashes, for test first, then for
-valid and train: a uniform sample of users with complete histories, whatever the order of the rows. Every random choice
-is a hash of (seed, dataset, user, item): the same on every machine and for every --max-rows.
+In reading order: the raw formats; reading their rows; a uniform sample of users with complete histories, in bounded
+memory; a user's history and candidates, by kind of dataset; splits and their files; the authors' own samples; the demo.
+Every random choice is a hash of (seed, dataset, user, item): the same on every machine.
 """
 import contextlib
 import csv
 import functools
-import gc
 import gzip
 import hashlib
 import html
 import io
 import json
-import operator
 import os
 import random
 import re
 import shutil
 import sys
 import zlib
-from collections import Counter, namedtuple
+from array import array
+from collections import Counter
 from datetime import datetime, timezone
-from itertools import chain, groupby, islice, repeat
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -44,61 +44,56 @@ from tqdm import tqdm
 import common
 from common import UserError
 
-NEUTRAL, HISTORY = -1, 2  # labels beside 0 and 1: three stars; the history of an impression (its item: a list of ids)
-int8, int64 = (functools.partial(np.fromiter, dtype=dtype) for dtype in (np.int8, np.int64))
-EVENT = np.dtype([("user", "i8"), ("item", "i4"), ("time", "i8"), ("label", "i1")])  # the hash of a user
-MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError)
+# ------------------------------------------------------------------------------------------------- what a field says
 
-# -------------------------------------------------------------------------------------------------- what a field says
+NEUTRAL, HISTORY = -1, 2  # labels beside 0 and 1: three stars; an impression's history (its item: ids in one string)
 
 
 def clean(text):
-    """White space collapsed, "" for null, half surrogate pairs (from JSON escapes) replaced."""
-    return " ".join("" if text is None else str(text).encode("utf-8", "replace").decode().split())
+    """A text with its white space collapsed to single spaces; half surrogate pairs (from JSON escapes) become "?"."""
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
 
 
-def no_markup(title):
-    """An Amazon title: entities resolved, tags removed; "" for those that are a page's script."""
-    title = html.unescape(clean(title))
-    title = re.sub(r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|</?[a-z!][^<>]*(>|$)", " ", title, flags=re.I)
-    return "" if "getTime()" in title else clean(title)
-
-
-def once_encoded(title):
-    """A Steam title, UTF-8 that was taken for latin-1 and encoded again, put right; the original where that fails."""
-    try:
-        return clean(title.encode("latin-1").decode("utf-8"))
-    except UnicodeError:
-        return clean(title)
-
-
-def hotel(url):
-    """Name and place in a TripAdvisor address "...-Reviews-NAME-PLACE.html", whose words are joined by "_"."""
-    stem = url.split("-Reviews-", 1)[1].removesuffix(".html").replace("_", " ")
-    return described(("hotel_name", "hotel_location"), stem.rsplit("-", 1))
+def text_of(value):
+    """A value of JSON or parquet as text; "" for null, NaN, lists and objects."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, (int, float)) and value == value else ""
 
 
 def described(names, values):
-    """The text of an item: its attribute, or "name: value, name: value" of two; "" where the first is blank."""
-    values = list(map(clean, values))
+    """The text of an item: its attribute, or "name: value, name: value" of two; "" where the first is empty."""
     if len(names) == 1 or not values[0]:
         return values[0]
-    return ", ".join(f"{name}: {value}" for name, value in zip(names, values, strict=True) if value)
+    return ", ".join(f"{name}: {value}" for name, value in zip(names, values) if value)
 
 
 @functools.lru_cache(1 << 12)
-def liking(stars):
-    """1, 0 or NEUTRAL for more than, less than or exactly three of five stars."""
-    if not 0 <= float(stars) <= 5:
+def label_of(stars):
+    """1 for more than three of five stars, 0 for less, NEUTRAL for three."""
+    stars = float(stars)
+    if not 0 <= stars <= 5:
         raise ValueError(f"{stars} stars")
-    return 1 if float(stars) > 3 else 0 if float(stars) < 3 else NEUTRAL
+    if stars == 3:
+        return NEUTRAL
+    return 1 if stars > 3 else 0
+
+
+def unix_time(text):
+    """Seconds (MicroLens: milliseconds) since 1970, already a number."""
+    time = int(text)
+    if abs(time) > 1 << 60:
+        raise ValueError(f"the time {time}")
+    return time
 
 
 @functools.lru_cache(1 << 16)
 def iso_time(text):
-    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; no zone: UTC."""
-    moment = datetime.fromisoformat(text)
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; without a zone: UTC."""
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python before 3.11 does not know the Z
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return int(moment.timestamp())
 
 
 def us_time(text):
@@ -110,499 +105,868 @@ def goodreads_time(text):
     """Seconds since 1970 of "Fri Aug 25 13:55:02 -0700 2017"."""
     _, month, day, clock, zone, year = text.split()
     month = 1 + "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split().index(month)
-    return iso_time(f"{year}-{month:02}-{day}T{clock}{zone}")
+    return iso_time(f"{year}-{month:02}-{day}T{clock}{zone[:3]}:{zone[3:]}")
 
 
-# ------------------------------------- columns of some rows -> (ids, texts), or events (users, items, times, labels);
-# one of MALFORMED on the way says that a row is malformed; times None: the order of the rows counts
+# ------------------------------------------------------------------- the raw formats: a row -> (item, text), or a row ->
+# a list of events (user, item, time, label). ValueError: the row is malformed. Of csv and json a row is the fields that
+# SOURCES names, as text; else it is the line. Where the order of the file is all there is, the time is None.
 
 
-def texts(*names, of=None):
-    return lambda ids, *columns: (ids, list(map(of, columns[0])) if of else
-                                  [described(names, values) for values in zip(*columns)])
+def id_and_text(fields):
+    item, text = fields
+    return item, clean(text)
 
 
-def ratings(time, label=liking):
-    return lambda users, items, times, stars: (users, items, int64(map(time, times)), int8(map(label, stars)))
+def unix_rating(fields):
+    user, item, time, stars = fields
+    return [(user, item, unix_time(time), label_of(stars))]
 
 
-def visits(time):
-    return lambda users, items, times: (users, items, int64(map(time, times)), np.ones(len(users), np.int8))
+def iso_rating(fields):
+    user, item, time, stars = fields
+    return [(user, item, iso_time(time), label_of(stars))]
 
 
-def lists(separator):
-    """Users, each with the list of their items in order."""
-    def events(users, items, *_):
-        items = [line.split(separator) for line in items]
-        users = list(chain.from_iterable(map(repeat, users, map(len, items))))
-        return users, list(chain.from_iterable(items)), None, np.ones(len(users), np.int8)
+def unix_visit(fields):
+    user, item, time = fields
+    return [(user, item, unix_time(time), 1)]
+
+
+def iso_visit(fields):
+    user, item, time = fields
+    return [(user, item, iso_time(time), 1)]
+
+
+def in_order(user, items):
+    return [(user, item, None, 1) for item in items]
+
+
+def title_of(text):
+    """An item's text, cleaned. Raises ValueError where it is the name of a column: a header row."""
+    text = clean(text)
+    if text.lower() in ("title", "title_en", "headline"):
+        raise ValueError("a header row")
+    return text
+
+
+def mind_item(line):
+    """news.tsv: id, category, subcategory, title; then abstract, address and two columns of entities."""
+    item, _, _, title, *others = line.split("\t")
+    if len(others) > 4:
+        raise ValueError("more than 8 fields")
+    return item, title_of(title)
+
+
+def mind_impression(line):
+    """behaviors.tsv: impression, user, time, history, what was shown ("N1-1 N2-0": 1 clicked, 0 not)."""
+    _, user, time, history, shown = line.split("\t")
+    events = [(user, history, us_time(time), HISTORY)]
+    for entry in shown.split():
+        item, clicked = entry.rsplit("-", 1)
+        events.append((user, item, 0, ("0", "1").index(clicked)))
     return events
 
 
-def impressions(shown):
-    """An impression is its history, as one event, and candidates, all at time 0: clicked anywhere is clicked."""
-    def events(users, times, histories, *columns):
-        rows = [row for user, time, history, *rest in zip(users, map(us_time, times), histories, *columns)
-                for row in [(user, history, time, HISTORY), *((user, item, 0, label) for item, label in shown(*rest))]]
-        users, items, times, labels = zip(*rows)
-        return users, items, int64(times), int8(labels)
+def pens_item(line):
+    """news.tsv: id, category, topic, headline; then body and two columns of entities."""
+    item, _, _, title, *others = line.split("\t")
+    if len(others) > 3:
+        raise ValueError("more than 7 fields")
+    if re.fullmatch(r'"([^"]|"")*"', title):  # quoted, as csv writers do
+        title = title[1:-1].replace('""', '"')
+    return item, title_of(title)
+
+
+def pens_impression(line):
+    """train.tsv: user, history, dwell time, exposure, clicked news, other news shown, start, end, dwell time."""
+    user, history, _, _, clicked, skipped, start, _, _ = line.split("\t")
+    events = [(user, history, us_time(start), HISTORY)]
+    events += [(user, item, 0, 1) for item in clicked.split()]
+    events += [(user, item, 0, 0) for item in skipped.split()]
     return events
 
 
-def mind_shown(line):
-    return [(entry[:-2], {"-1": 1, "-0": 0}[entry[-2:]]) for entry in line.split()]
+def goodreads_read(fields):
+    user, item, time, is_read = fields
+    return [(user, item, goodreads_time(time), ("False", "True").index(is_read))]
 
 
-def pens_shown(clicked, skipped):
-    return [(item, 1) for item in clicked.split()] + [(item, 0) for item in skipped.split()]
+TAGS = ("a|abbr|b|big|blockquote|body|br|center|code|div|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|label|li|link|"
+        "meta|ol|p|pre|q|s|small|span|strike|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul")
+MARKUP = re.compile(
+    r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)"
+    rf"""|</?({TAGS})(\s+[\w:.-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>"""
+    rf"""|<({TAGS})\s+[\w:.-]+\s*=\s*["'][^<>]*$""", re.I | re.S)  # the last: a tag that is cut off with the title
 
 
-# ---------------------------------------- lines of a file -> as many lines that csv can split; blank ones are left out
+def amazon_item(fields):
+    """Tags are removed before entities are resolved, so "&lt;table&gt;" stays; "" for titles that are a page's script."""
+    item, title = fields
+    title = MARKUP.sub(" ", "" if "getTime()" in title else title)
+    while html.unescape(title) != title:  # some are escaped twice: "AT&amp;amp;T"
+        title = html.unescape(title)
+    return item, clean(title)
 
 
-def headless(lines):
-    return chain(("\n" for _ in islice(lines, 1)), lines)
+def netflix_item(line):
+    """movie_titles.csv: id, year (or NULL), title, which may hold commas and is not quoted."""
+    item, year, title = line.split(",", 2)
+    year = "" if year == "NULL" else str(int(year))
+    return item, described(("title", "year"), (clean(title), year))
 
 
-def first_commas(count):
-    """The first commas become tabs: those after them are text, or part a list."""
-    return lambda lines: (line.replace(",", "\t", count) for line in lines)
+def netflix_rating(line):
+    """combined_data_*.txt, see netflix_rows: movie, user, stars, date."""
+    movie, user, stars, date = line.split(",")
+    return iso_rating((user, str(int(movie)), date, stars))
 
 
-def netflix_titles(lines):
-    return (line.replace(",NULL,", ",,", 1).replace(",", "\t", 2) for line in lines)
+def lastfm_fields(line):
+    """User, time, artist's id, artist, track's id, track."""
+    user, time, _, artist, track, title = line.split("\t")
+    return user, iso_time(time), track, clean(title), clean(artist)
 
 
-def netflix_ratings(lines):
-    """Lines "user,stars,date" after a line "MOVIE:" -> "MOVIE,user,stars,date"."""
-    movie = ""
-    for line in lines:
-        if line.rstrip().endswith(":"):
-            movie, line = line.rstrip()[:-1], ""
-        yield f"{movie},{line}" if line.strip() else "\n"
+def lastfm_item(line):
+    _, _, track, title, artist = lastfm_fields(line)
+    return track, described(("track_name", "artist_name"), (title, artist))
 
 
-# --------------------------------------------------------------------------------------------- the fifteen raw formats
+def lastfm_visit(line):
+    user, time, track, _, _ = lastfm_fields(line)
+    return [(user, track, time, 1)]
 
-# fields: names in the header or the JSON object, or positions. columns: see above. edit: lines -> lines.
-Table = namedtuple("Table", "files form fields columns edit encoding", defaults=(iter, "utf-8-sig"))
-Source = namedtuple("Source", "home items events")  # items: the tables to choose from, the first that is there
-CSV, COMMA, TAB, JSON = {}, {"quoting": csv.QUOTE_NONE}, {"quoting": csv.QUOTE_NONE, "delimiter": "\t"}, None
+
+def pog_item(fields):
+    """pog_translated_titles.csv: item, Chinese title, English title."""
+    item, _, english = fields
+    return item, title_of(english)
+
+
+def pog_chinese_item(line):
+    """item_data.txt: item, category, picture, title, which may hold commas."""
+    item, _, _, title = line.split(",", 3)
+    return item, title_of(title)
+
+
+def pog_sequence(line):
+    """user_data.txt: user, "item;item;...", outfit."""
+    user, items, _ = line.split(",")
+    return in_order(user, items.split(";"))
+
+
+def steam_item(fields):
+    """App_ID_Info.txt: app, title, type, price, ...; titles are UTF-8 or Windows-1252 that was taken for latin-1."""
+    item, title, *_ = fields
+    if not item.isdecimal():
+        raise ValueError("the app id is no number")
+    for encoding in ("utf-8", "cp1252"):
+        with contextlib.suppress(UnicodeError):
+            return item, clean(title.encode("latin-1").decode(encoding))
+    return item, clean(title)
+
+
+def steam_sequence(line):
+    """train_game.txt: user, app, app, ... in order."""
+    user, *items = line.split(",")
+    if not items:
+        raise ValueError("no items")
+    return in_order(user, items)
+
+
+def hotelrec_item(fields):
+    """The item is the address "...-Reviews-NAME-PLACE.html"; the words of name and place are joined by "_"."""
+    address, = fields
+    _, _, name_and_place = address.partition("-Reviews-")
+    if "-" not in name_and_place:
+        raise ValueError("no -Reviews-NAME-PLACE in the address")
+    hotel, place = name_and_place.removesuffix(".html").replace("_", " ").rsplit("-", 1)
+    return address, described(("hotel_name", "hotel_location"), (clean(hotel), clean(place)))
+
+
+class Table(NamedTuple):
+    """One kind of raw file."""
+    files: list  # names, all of which are read
+    form: str  # text (a line is a row), csv, json (an object per line), netflix
+    parse: object  # one of the functions above
+    columns: tuple = ()  # csv: names in the header (none: there is no header), json: keys; the last may be missing
+    header: bool = False  # text, and csv without columns: the first line is no row where parse refuses it
+    latin1: bool = False  # a line that is not UTF-8 is latin-1, not malformed
+
+
+class Source(NamedTuple):
+    """Where a dataset comes from and how its files are read."""
+    home: str
+    items: list  # Tables to choose from: the first whose files are there
+    events: Table
 
 
 def amazon(category):
     return Source("https://nijianmo.github.io/amazon/",
-                  [Table([f"meta_{category}.json"], JSON, ("asin", "title"), texts(of=no_markup))],
-                  Table([f"{category}.json"], JSON, ("reviewerID", "asin", "unixReviewTime", "overall"), ratings(int)))
+        [Table([f"meta_{category}.json"], "json", amazon_item, ("asin", "title"))],
+        Table([f"{category}.json"], "json", unix_rating, ("reviewerID", "asin", "unixReviewTime", "overall")))
 
 
+LASTFM = "userid-timestamp-artid-artname-traid-traname.tsv"
 SOURCES = {
     "mind": Source("https://msnews.github.io/",
-        [Table(["news.tsv"], TAB, (0, 3), texts("title"))],
-        Table(["behaviors.tsv"], TAB, (1, 2, 3, 4), impressions(mind_shown))),
+        [Table(["news.tsv"], "text", mind_item)],
+        Table(["behaviors.tsv"], "text", mind_impression)),
     "pens": Source("https://msnews.github.io/pens.html",
-        [Table(["news.tsv"], TAB, (0, 3), texts("title"), headless)],
-        Table(["train.tsv", "valid.tsv"], TAB, (0, 6, 1, 4, 5), impressions(pens_shown), headless)),
+        [Table(["news.tsv"], "text", pens_item, header=True)],
+        Table(["train.tsv", "valid.tsv"], "text", pens_impression, header=True)),
     "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
-        [Table(["goodreads_book_works.json"], JSON, ("best_book_id", "original_title"), texts("title"))],
-        Table(["goodreads_interactions_dedup.json"], JSON, ("user_id", "book_id", "date_added", "is_read"),
-              ratings(goodreads_time, {"True": 1, "False": 0}.__getitem__))),
+        [Table(["goodreads_book_works.json"], "json", id_and_text, ("best_book_id", "original_title"))],
+        Table(["goodreads_interactions_dedup.json"], "json", goodreads_read,
+              ("user_id", "book_id", "date_added", "is_read"))),
     "books": amazon("Books"),
     "movielens": Source("https://grouplens.org/datasets/movielens/",
-        [Table(["movies.csv"], CSV, ("movieId", "title"), texts("title"))],
-        Table(["ratings.csv"], COMMA, ("userId", "movieId", "timestamp", "rating"), ratings(int))),
+        [Table(["movies.csv"], "csv", id_and_text, ("movieId", "title"))],
+        Table(["ratings.csv"], "csv", unix_rating, ("userId", "movieId", "timestamp", "rating"))),
     "microlens": Source("https://github.com/westlake-repl/MicroLens",
-        [Table(["MicroLens-50k_titles.csv"], CSV, ("item", "title"), texts("title"))],
-        Table(["MicroLens-50k_pairs.csv"], COMMA, ("user", "item", "timestamp"), visits(int))),
+        [Table(["MicroLens-50k_titles.csv"], "csv", id_and_text, ("item", "title"))],
+        Table(["MicroLens-50k_pairs.csv"], "csv", unix_visit, ("user", "item", "timestamp"))),
     "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
-        [Table(["movie_titles.csv"], TAB, (0, 2, 1), texts("title", "year"), netflix_titles, "latin-1")],
-        Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], COMMA, (1, 0, 3, 2), ratings(iso_time),
-              netflix_ratings)),
+        [Table(["movie_titles.csv"], "text", netflix_item, latin1=True)],
+        Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], "netflix", netflix_rating)),
     "cds": amazon("CDs_and_Vinyl"),
     "lastfm": Source("http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
-        [Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (4, 5, 3),
-               texts("track_name", "artist_name"))],
-        Table(["userid-timestamp-artid-artname-traid-traname.tsv"], TAB, (0, 4, 1), visits(iso_time))),
+        [Table([LASTFM], "text", lastfm_item)],
+        Table([LASTFM], "text", lastfm_visit)),
     "hm": Source("https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
-        [Table(["articles.csv"], CSV, ("article_id", "detail_desc"), texts("detail_desc"))],
-        Table(["transactions_train.csv"], COMMA, ("customer_id", "article_id", "t_dat"), visits(iso_time))),
+        [Table(["articles.csv"], "csv", id_and_text, ("article_id", "detail_desc"))],
+        Table(["transactions_train.csv"], "csv", iso_visit, ("customer_id", "article_id", "t_dat"))),
     "pog": Source("https://github.com/wenyuer/POG",
-        [Table(["pog_translated_titles.csv"], CSV, (0, 2), texts("title_en"), headless),
-         Table(["item_data.txt"], TAB, (0, 3), texts("title"), first_commas(3))],
-        Table(["user_data.txt"], COMMA, (0, 1, 2), lists(";"))),
+        [Table(["pog_translated_titles.csv"], "csv", pog_item, header=True),
+         Table(["item_data.txt"], "text", pog_chinese_item)],
+        Table(["user_data.txt"], "text", pog_sequence)),
     "electronics": amazon("Electronics"),
     "steam": Source("https://github.com/YangLiangwei/SCGRec",
-        [Table(["App_ID_Info.txt"], CSV, (0, 1), texts(of=once_encoded))],
-        Table(["train_game.txt"], TAB, (0, 1), lists(","), first_commas(1))),
+        [Table(["App_ID_Info.txt"], "csv", steam_item)],
+        Table(["train_game.txt"], "text", steam_sequence)),
     "hotelrec": Source("https://github.com/Diego999/HotelRec",
-        [Table(["HotelRec.txt"], JSON, ("hotel_url", "hotel_url"), texts(of=hotel))],
-        Table(["HotelRec.txt"], JSON, ("author", "hotel_url", "date", "rating"), ratings(iso_time))),
+        [Table(["HotelRec.txt"], "json", hotelrec_item, ("hotel_url",))],
+        Table(["HotelRec.txt"], "json", iso_rating, ("author", "hotel_url", "date", "rating"))),
     "yelp": Source("https://business.yelp.com/data/resources/open-dataset/",
-        [Table(["yelp_academic_dataset_business.json"], JSON, ("business_id", "name"), texts("name"))],
-        Table(["yelp_academic_dataset_review.json"], JSON, ("user_id", "business_id", "date", "stars"),
-              ratings(iso_time))),
+        [Table(["yelp_academic_dataset_business.json"], "json", id_and_text, ("business_id", "name"))],
+        Table(["yelp_academic_dataset_review.json"], "json", iso_rating, ("user_id", "business_id", "date", "stars"))),
 }
 
 # -------------------------------------------------------------------------------------------------------- reading files
 
+MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
+ROW_START = re.compile(r"\d+,(?!\d{3}\b)\S")  # "12,Heat": so starts a row and, unlike "10,000 views", hardly a text
 
-def find(name, raw):
-    """The items and the events table of a dataset, files as paths: in RAW/name/ or its train/, plain or .gz.
 
-    Raises UserError where a file is missing or empty.
+def find_file(folder, file):
+    """The path of a raw file in a folder or up to two below it, plain or .gz, or None.
+
+    Of several on one level the one below train counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
+    left, or where the file is empty.
     """
+    for level in ("", "*/", "*/*/"):
+        for ending in ("", ".gz"):
+            found = sorted(path for path in folder.glob(level + file + ending) if path.is_file())
+            found = [path for path in found if "train" in path.parent.name] or found
+            if len(found) > 1:
+                raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {folder}")
+            if found and not found[0].stat().st_size:
+                raise UserError(f"{found[0]} is empty")
+            if found:
+                return found[0]
+    return None
+
+
+def find_files(name, raw):
+    """The items and the events table of a dataset with paths as their files. Raises UserError where one is missing."""
     source, folder = SOURCES[name], Path(raw, name)
-
-    def path_of(file):
-        places = (Path(folder, part, file + ending) for part in ("", "train") for ending in ("", ".gz"))
-        return next(filter(Path.is_file, places), None)
-    items = next((table for table in source.items if all(map(path_of, table.files))), source.items[0])
-    for file in (*items.files, *source.events.files):
-        path = path_of(file)
-        if not path or not path.stat().st_size:
-            raise UserError(f"{folder / file} (or .gz) is {'empty' if path else 'missing'}; get it from {source.home}")
-    return [table._replace(files=list(map(path_of, table.files))) for table in (items, source.events)]
-
-
-def lines(path, encoding):
-    """Yield the lines of a file, plain or gzip, with progress in bytes of the file on disk."""
-    with open(path, "rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=str(path)) as bar:
-        text = io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, encoding, errors="replace")
-        try:
-            while block := text.readlines(1 << 20):
-                yield from block
-                bar.update(raw.tell() - bar.n)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is cut short or damaged ({error}); get it again") from None
+    tables = []
+    for choice in (source.items, [source.events]):
+        found = [table._replace(files=[find_file(folder, file) for file in table.files]) for table in choice]
+        complete = [table for table in found if None not in table.files]
+        if not complete:
+            file = choice[0].files[found[0].files.index(None)]
+            there = sorted(path.name for path in folder.glob("*"))
+            packed = [path for path in there if path.endswith(PACKED)]
+            advice = f"; unpack {packed[0]} there" if packed else f"; there are {', '.join(there[:9])}" if there else ""
+            raise UserError(f"{folder / file} (or .gz) is missing; get it from {source.home}{advice}")
+        tables.append(complete[0])
+    return tables
 
 
-def read(path, table, counts):
-    """Yield table.columns of the rows of a file, some hundred rows at a time.
+class Lines:
+    """The decoded lines of a raw file, plain or .gz, with progress in bytes of the file on disk.
 
-    counts[file name] becomes {"rows", "malformed", "first_malformed_line"}; blank lines are no rows. Raises UserError
-    where over 1% of the rows are malformed, where there are none, and where the header lacks a field.
+    number: of the last line, from 1. problem: why a line since the last row is not UTF-8, or None.
     """
-    rows, fields, number = table.edit(lines(path, table.encoding)), table.fields, 0
-    if table.form is not JSON:
-        rows = csv.reader(rows, **table.form)
-        if isinstance(fields[0], str):
-            number, header = 1, list(map(str.strip, next(rows, [])))
-            if missing := set(fields) - set(header):
-                raise UserError(f"{path} has no column {min(missing)!r}; its first line is {','.join(header)[:80]!r}")
-            fields = list(map(header.index, fields))
-    get = operator.itemgetter(*fields)
 
-    def columns_of(block):
-        if table.form is JSON:  # all fields become strings, as in csv; "" for null
-            columns = zip(*map(get, map(json.loads, block)))
-            return table.columns(*(["" if value is None else str(value) for value in column] for column in columns))
-        return table.columns(*get(tuple(zip(*block))))  # faster than get(row); IndexError where a row is too short
-    count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed_line": None}
+    def __init__(self, path, latin1):
+        self.path, self.latin1 = path, latin1
+        self.number, self.problem = 0, None
+
+    def __iter__(self):
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=str(self.path)) as bar:
+            unpacked = io.BufferedReader(gzip.GzipFile(fileobj=file)) if self.path.suffix == ".gz" else file
+            while True:
+                try:
+                    block = unpacked.readlines(1 << 20)
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    raise UserError(f"{self.path} is cut short or damaged ({error}); get it again") from None
+                if not block:
+                    return
+                for line in block:
+                    self.number += 1
+                    yield self.decoded(line)
+                bar.update(file.tell() - bar.n)
+
+    def decoded(self, line):
+        """A line as text. Raises UserError where the file is UTF-16."""
+        if self.number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in line or self.number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise UserError(f"{self.path}, line {self.number}: NUL bytes or a mark of UTF-16; the file has to be UTF-8")
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if not self.latin1:
+                self.problem = f"no UTF-8: {error.object[error.start:error.start + 1]!r}"
+            return line.decode("latin-1")
+
+
+def netflix_rows(lines):
+    """Lines "user,stars,date" after a line "MOVIE:" -> "MOVIE,user,stars,date"; "" for what is no row."""
+    movie = ""
+    for line in lines:
+        line = line.strip()
+        if line.endswith(":"):
+            movie, line = line[:-1], ""
+        yield f"{movie},{line}" if line else ""
+
+
+def json_fields(line, names):
+    """The values of a JSON object by name, as text; "" for null, and where the last is missing."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    fields = [text_of(row[name]) for name in names[:-1]]
+    return [*fields, text_of(row.get(names[-1]))]
+
+
+class Columns:
+    """How many fields the rows of a CSV file have and which of them count: told by its first row, the header if named.
+
+    Raises UserError where the header lacks one of names.
+    """
+
+    def __init__(self, path, first, names):
+        self.path, self.width, self.names, self.pick = path, len(first), names, None
+        header = [field.strip() for field in first]
+        for name in names:
+            if name not in header:
+                raise UserError(f"{path} has no column {name!r}; its first line is {','.join(first)[:80]!r}")
+        if names:
+            self.pick = itemgetter(*map(header.index, names))
+
+    def fields(self, row):
+        """The fields that count. Raises ValueError where there are more or fewer than in the first row."""
+        if len(row) != self.width:
+            raise ValueError(f"{len(row)} fields, not {self.width}")
+        if self.pick is None:
+            return row
+        fields = self.pick(row)
+        if fields == self.names:
+            raise ValueError("a second header row")
+        return fields
+
+
+def check_quotes(path, row, start, end):
+    """A quote that is not closed swallows the rows after it. Raises UserError where a text seems to have done so."""
+    swallowed = end - start > 10
+    for field in row:
+        for line in field.splitlines()[1:]:
+            swallowed = swallowed or ROW_START.match(line)
+    if swallowed:
+        raise UserError(f"{path}, line {start}: a quote that opens there closes on line {end} only")
+
+
+def read_rows(path, table, counts):
+    """Yield table.parse of every row of a raw file; blank lines are no rows.
+
+    counts[file name] becomes {"rows", "malformed", "first_malformed": {"line", "text", "reason"} or None}. Raises
+    UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
+    """
+    count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
+    lines, columns, good = Lines(path, table.latin1), None, 0
+    rows = iter(lines)
+    if table.form == "csv":
+        rows = csv.reader(rows, strict=True)
+    elif table.form == "netflix":
+        rows = netflix_rows(rows)
+    start = 1  # the line on which a row starts; with quotes it may end on a later one
     try:
-        while block := list(islice(rows, 500)):  # few enough to stay in the processor's cache
-            columns, good, bad = parse(block, columns_of)
-            if bad:
-                count["first_malformed_line"] = count["first_malformed_line"] or number + bad[0] + 1
-                count["malformed"] += len(bad)
-            count["rows"] += good + len(bad)
-            number += len(block)
-            if columns:
-                yield columns
-            if count["malformed"] > max(10_000, number / 2):
-                break  # a file of another kind: no need to read it to its end
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
-    if count["malformed"] > count["rows"] / 100 or not count["rows"]:
-        raise UserError(f"{path}: {count['malformed']} of {count['rows']} rows are malformed, the first on line "
-                        f"{count['first_malformed_line']}; is it the file that --list names?")
-    if count["malformed"]:
-        common.say(f"{path}: {count['malformed']} of {count['rows']} rows are malformed and left out, the first on "
-                   f"line {count['first_malformed_line']}")
-
-
-def parse(block, columns_of):
-    """(columns of the well-formed rows of a block or None, number of these, positions of the malformed rows)."""
-    try:
-        return columns_of(block), len(block), []
-    except MALFORMED:  # rare: find out which rows
-        good, bad = [], []
-        for position, row in enumerate(block):
+        for row in rows:
+            parsed = None
             try:
-                columns_of([row])
-                good.append(row)
-            except MALFORMED:
-                if "".join(row).strip():
-                    bad.append(position)
-        return columns_of(good) if good else None, len(good), bad
+                if lines.problem:
+                    raise ValueError(lines.problem)
+                if table.form == "csv":
+                    if lines.number > start:
+                        check_quotes(path, row, start, lines.number)
+                    if columns is None:
+                        columns = Columns(path, row, table.columns)
+                    if start > 1 or not table.columns:
+                        parsed = table.parse(columns.fields(row))
+                elif table.form == "json":
+                    parsed = table.parse(json_fields(row, table.columns))
+                else:
+                    parsed = table.parse(row.rstrip("\r\n"))
+            except MALFORMED as error:
+                if start > 1 or not table.header:
+                    note_malformed(count, row, start, error)
+                lines.problem = None
+                if count["malformed"] > 10_000 + good:
+                    break  # a file of another kind: no need to read it to its end
+            if parsed is not None:
+                good += 1
+                yield parsed
+            start = lines.number + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: {error}; is a quote not closed?") from None
+    count["rows"] = good + count["malformed"]
+    check_malformed(path, count)
+
+
+def note_malformed(count, row, line, error):
+    """Count a malformed row, unless it is blank, and keep the line, the beginning and the reason of the first."""
+    text = row if isinstance(row, str) else ",".join(row)
+    if not text.strip():
+        return
+    if not count["malformed"]:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        count["first_malformed"] = {"line": line, "text": text.rstrip()[:80], "reason": reason[:200]}
+    count["malformed"] += 1
+
+
+def check_malformed(path, count):
+    """Say that rows were left out. Raises UserError where these are over 1%, or where there are no rows."""
+    if not count["rows"]:
+        raise UserError(f"{path} holds no rows")
+    first = count["first_malformed"]
+    if first:
+        message = (f"{path}: {count['malformed']} of {count['rows']} rows are malformed; the first, on line "
+                   f"{first['line']}: {first['text']!r} ({first['reason']})")
+        if count["malformed"] > count["rows"] / 100:
+            raise UserError(f"{message}. Is it the file that --list names?")
+        common.say(message)
+
+
+def read_table(table, counts):
+    """Yield the rows of all files of a table."""
+    for path in table.files:
+        yield from read_rows(path, table, counts)
 
 
 def read_items(table, counts, dropped):
     """{item id: text} of the items that have a text, by id. Of several texts of one id the first in the alphabet."""
     items = {}
-    blocks = chain.from_iterable(read(path, table, counts) for path in table.files)
-    for item, text in chain.from_iterable(zip(*columns) for columns in blocks):
-        if not item or not text:
-            dropped["items without id" if not item else "items without text"] += 1
-        elif item not in items or text < items[item]:
-            items[item] = text
+    for item, text in read_table(table, counts):
+        if not item:
+            dropped["items without id"] += 1
+        elif not text:
+            dropped["items without text"] += 1
+        else:
+            items[item] = min(text, items.get(item, text))
     return dict(sorted(items.items()))
 
 
 # ------------------------------------------------------------------------------------------------- a sample of users
 
+EVERYBODY = 1 << 62  # hashes of users are below it: 62 bits, so that they fit an array of int64
 
-def lookup(number_of, bits=21):
-    """A function: strings -> array of number_of(string), by a table of hashes in front of number_of.
 
-    Four times as fast as map(dict.get): the processor waits for memory once for many strings, not thrice for each.
-    hash() only finds the place; that two of some million strings share all 64 bits has odds of one in a million.
+class Sample:
+    """All events of the users whose hash is below a threshold, which is halved when these are more than max_rows.
+
+    So it is a uniform sample of users with complete histories, whatever the order of the rows, in bounded memory.
     """
-    hashes, numbers = np.full(1 << bits, -1, np.int64), np.zeros(1 << bits, np.int64)  # no string hashes to -1
 
-    def look_up(strings):
-        keys = int64(map(hash, strings), count=len(strings))
-        places = keys & ((1 << bits) - 1)
-        found = numbers[places]
-        new = np.flatnonzero(hashes[places] != keys)
-        if len(new):
-            names = [strings[k] for k in new.tolist()]
-            known = {name: number_of(name) for name in dict.fromkeys(names)}
-            found[new] = list(map(known.get, names))
-            hashes[places[new]], numbers[places[new]] = keys[new], found[new]  # of two at one place the last stays
-        return found
-    return look_up
+    def __init__(self, seed, dataset, max_rows):
+        self.key, self.max_rows, self.threshold = (seed, dataset), max_rows, EVERYBODY
+        self.hashes = {}  # user -> hash, of users met lately, kept or not
+        self.names = {}  # hash -> user, of the users that are kept
+        self.histories = {}  # hash -> (time, ids in one string): the earliest history of an impression
+        self.users, self.items = array("q"), array("i")  # of each event the hash of its user, the number of its item,
+        self.times, self.labels = array("q"), array("b")  # its time and its label
 
-
-def sample_users(blocks, numbers, hash_of, max_rows, dropped):
-    """Keep all events of the users whose hash is below a threshold, which is halved when they exceed max_rows.
-
-    blocks: an iterable of (users, items, times, labels). numbers: item -> number. hash_of: user -> 64 bits.
-    Returns ({hash: user}, hashes cut to 62 bits; an array of EVENTs in the order of the files; {hash: (time, earliest
-    history)} of impressions; the share of the users that the threshold leaves).
-    """
-    names, events, histories = {}, bytearray(), {}
-    threshold, nobody, seen = 1 << 62, 1 << 62, 0
-
-    def user_hash(user):
-        hashed = hash_of(user) >> 2 if user else nobody
-        if hashed < threshold:
-            names[hashed] = user
+    def hash_of(self, user):
+        """The hash of a user who is not in self.hashes."""
+        if len(self.hashes) >= 1_000_000:  # bounded memory: who comes again is hashed again
+            self.hashes.clear()
+        hashed = self.hashes[user] = common.digest(*self.key, user) >> 2
+        if hashed < self.threshold:
+            self.names[hashed] = user
         return hashed
 
-    find_users, find_items = lookup(user_hash), lookup(lambda item: numbers.get(item, -1))
-    for users, items, times, labels in blocks:
-        user, item = find_users(users), find_items(items)
-        times = np.arange(seen, seen + len(users)) if times is None else times
-        seen += len(users)
-        past = labels == HISTORY
-        kept = (user < threshold) & (item >= 0) & ~past
-        if not kept.all():
-            dropped["events without user"] += int(np.sum(user == nobody))
-            dropped["events whose item has no text"] += int(np.sum((item < 0) & ~past))
-        block = np.empty(len(users), EVENT)
-        block["user"], block["item"], block["time"], block["label"] = user, item, times, labels
-        events += block[kept].tobytes()
-        for k in np.flatnonzero(past & (user < threshold)).tolist():
-            history = int(times[k]), items[k]
-            histories[int(user[k])] = min(history, histories.get(user[k], history))
-        while len(events) // EVENT.itemsize + 4 * len(names) + 20 * len(histories) > max_rows:  # by their memory
-            threshold >>= 1
-            held = np.frombuffer(events, EVENT)
-            events = bytearray(held[held["user"] < threshold].view(np.uint8))
-            names, histories = ({hashed: value for hashed, value in table.items() if hashed < threshold}
-                                for table in (names, histories))
-    return names, np.frombuffer(events, EVENT), histories, threshold / nobody
+    def fill(self, rows, numbers, dropped):
+        """Take in lists of events (user, item, time, label); numbers: {item: its number}; dropped counts the unusable.
 
+        Returns an item that is not in numbers, or None.
+        """
+        seen, unknown = 0, None
+        for events in rows:
+            for user, item, time, label in events:
+                seen += 1
+                if seen % 10_000 == 0:
+                    self.shrink()
+                hashed = self.hashes.get(user)
+                if hashed is None:
+                    hashed = self.hash_of(user)
+                number = numbers.get(item)
+                if not user:
+                    dropped["events without user"] += 1
+                elif label == HISTORY:
+                    if hashed < self.threshold:
+                        self.histories[hashed] = min((time, item), self.histories.get(hashed, (time, item)))
+                elif number is None:
+                    dropped["events whose item has no text"] += 1
+                    unknown = item
+                elif hashed < self.threshold:
+                    self.users.append(hashed)
+                    self.items.append(number)
+                    self.times.append(seen if time is None else time)
+                    self.labels.append(label)
+        self.shrink()
+        return unknown
 
-def in_hash_order(names, events, histories):
-    """Yield (user, [(item number, time, label)] in the order of the files, history) of the users, lowest hash first."""
-    hashes, order = events["user"], sorted(names)
-    for low in range(0, len(order), 5000):  # the first users are usually enough, so sort no others
-        some = order[low:low + 5000]
-        rows = np.flatnonzero((some[0] <= hashes) & (hashes <= some[-1]))
-        rows = rows[np.argsort(hashes[rows], kind="stable")]
-        for hashed, group in groupby(events[rows].tolist(), operator.itemgetter(0)):
-            yield names[hashed], [event[1:] for event in group], histories.get(hashed, (0, ""))[1].split()
+    def shrink(self):
+        """Halve the threshold until no more than max_rows are kept: a name takes the memory of 4, a history of 20."""
+        while len(self.users) + 4 * len(self.names) + 20 * len(self.histories) > self.max_rows:
+            self.threshold >>= 1
+            kept = np.frombuffer(self.users, np.int64) < self.threshold
+            for name in ("users", "items", "times", "labels"):
+                column = getattr(self, name)
+                values = np.frombuffer(column, column.typecode)[kept]
+                setattr(self, name, array(column.typecode, values.tobytes()))
+            for name in ("names", "histories"):
+                table = getattr(self, name)
+                setattr(self, name, {hashed: table[hashed] for hashed in table if hashed < self.threshold})
+
+    def by_user(self):
+        """Yield (user, events [(item number, time, label)] in the order of the files, history), lowest hash first."""
+        users = np.frombuffer(self.users, np.int64)
+        order = sorted(self.names)
+        for first in range(0, len(order), 5000):  # the first users are usually enough, so look for no others
+            batch, events = order[first:first + 5000], {}
+            for place in np.flatnonzero((users >= batch[0]) & (users <= batch[-1])).tolist():
+                event = self.items[place], self.times[place], self.labels[place]
+                events.setdefault(self.users[place], []).append(event)
+            for hashed in batch:
+                if hashed in events:
+                    _, history = self.histories.get(hashed, (0, ""))
+                    yield self.names[hashed], events[hashed], history.split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
 
 
-def user_line(user, events, past, texts, items, plan, dropped):
-    """A user's line {"user", "history", "candidates", "labels"} of the standard format, or None (the reason counted).
-
-    events: [(item number, time, label)]; past: item ids of an impression's history; texts: {item id: text}; items: its
-    keys; plan: see prepare. ratings: liked items in time order are the history, the last held out as positives; the
-    user's own dislikes are the negatives. sequences: the same, with negatives drawn from the items never touched.
-    impressions: what was clicked and what was not, without what stands in the past. Caps take the lowest hashes.
-    """
-    lot = functools.partial(common.digest, plan["seed"], plan["dataset"], user)
-    last = {}
-    for number, *event in events:  # one event an item: the latest; of several at one time the highest label
-        last[items[number]] = max(event, last.get(items[number], event))
-    choice = {item: label for item, (_, label) in last.items() if label != NEUTRAL}
-    dropped["repeated events"] += len(events) - len(last)
-    dropped["neutral ratings"] += len(last) - len(choice)
-    if plan["kind"] == "impressions":
-        known = [item for item in past if item in texts]
-        history = list(dict.fromkeys(reversed(known)))[::-1]
-        dropped["items of histories without text"] += len(past) - len(known)
-        dropped["candidates that stand in the history"] += len(choice.keys() & known)
-        choice = {item: choice[item] for item in choice.keys() - known}
-        positives = lowest((item for item in choice if choice[item]), plan["positives"], lot)
-    else:
-        liked = sorted((item for item in choice if choice[item]), key=lambda item: (last[item][0], lot(item)))
-        history, positives = liked[:-plan["positives"]], liked[-plan["positives"]:]
-    if plan["drawn"]:
-        negatives = draw({*last, *history}, plan["negatives"], items, lot)
-    else:
-        negatives = lowest((item for item in choice if not choice[item]), plan["negatives"], lot)
-    for reason, found in (("history", history), ("positives", positives), ("negatives", negatives)):
-        if not found:
-            dropped[f"users without {reason}"] += 1
-            return None
-    labels = {**dict.fromkeys(positives, 1), **dict.fromkeys(negatives, 0)}
-    shown = sorted(labels, key=lambda item: lot(item, "place"))  # a hash of its own: places must not tell labels
-    return {"user": user, "history": history[-plan["max_history"]:], "candidates": shown,
-            "labels": [labels[item] for item in shown]}
+def by_hash(items, key, *more):
+    """The items in the order of the hash of (*key, item, *more)."""
+    keyed = [(common.digest(*key, item, *more), item) for item in items]
+    return [item for _, item in sorted(keyed)]
 
 
-def lowest(choice, count, lot):
-    """The items with the lowest hashes, at most count of them."""
-    return sorted(choice, key=lot)[:count]
+def latest_events(events, items, dropped):
+    """{item id: (time, label)}: one event per item, the latest; of several at one time the highest label."""
+    latest = {}
+    for number, time, label in events:
+        item = items[number]
+        latest[item] = max((time, label), latest.get(item, (time, label)))
+    dropped["repeated events"] += len(events) - len(latest)
+    return latest
 
 
-def draw(touched, count, items, lot):
+def with_label(latest, label):
+    """The items with a label."""
+    return [item for item, (_, its_label) in latest.items() if its_label == label]
+
+
+def impressions(latest, past, texts, job, key, dropped):
+    """(history, positives, negatives): what was clicked and what was not, without what stands in the past."""
+    known = [item for item in past if item in texts]
+    shown = {item: latest[item] for item in latest if item not in known}
+    dropped["items of histories without text"] += len(past) - len(known)
+    dropped["candidates that stand in the history"] += len(latest) - len(shown)
+    positives = by_hash(with_label(shown, 1), key)[:job["positives"]]
+    negatives = by_hash(with_label(shown, 0), key)[:job["negatives"]]
+    history = list(dict.fromkeys(reversed(known)))[::-1]  # each item once, at its last place
+    return history, positives, negatives
+
+
+def in_time_order(latest, job, key):
+    """(history, positives): the items that a user liked, the last held out. Ties in time are in the order of hashes."""
+    liked = by_hash(with_label(latest, 1), key)
+    liked.sort(key=latest.get)  # by (time, 1); a stable sort
+    return liked[:-job["positives"]], liked[-job["positives"]:]
+
+
+def ratings(latest, job, key, dropped):
+    """(history, positives, negatives): the liked items in time order, and the user's own dislikes."""
+    dropped["neutral ratings"] += len(with_label(latest, NEUTRAL))
+    history, positives = in_time_order(latest, job, key)
+    return history, positives, by_hash(with_label(latest, 0), key)[:job["negatives"]]
+
+
+def sequences(latest, items, job, key):
+    """(history, positives, negatives): the items in time order, and negatives from those that were never touched."""
+    history, positives = in_time_order(latest, job, key)
+    return history, positives, draw(set(latest), items, job["negatives"], key)
+
+
+def draw(touched, items, count, key):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
     if len(items) < 2 * (len(touched) + count):  # few are left: hash them all
-        return lowest((item for item in items if item not in touched), count, lot)
+        return by_hash([item for item in items if item not in touched], key)[:count]
     drawn, turn = {}, 0
     while len(drawn) < count:
-        item, turn = items[lot("negative", turn) % len(items)], turn + 1
+        item = items[common.digest(*key, "negative", turn) % len(items)]
+        turn += 1
         if item not in touched:
             drawn[item] = True
     return list(drawn)
 
 
+def user_line(user, events, past, texts, items, job, dropped):
+    """A user's line {"user", "history", "candidates", "labels"} of the standard format, or None (the reason counted).
+
+    events: [(item number, time, label)]; past: item ids of an impression's history; texts: {item id: text}; items: its
+    keys in a list; job: see prepare.
+    """
+    key = job["seed"], job["dataset"], user
+    latest = latest_events(events, items, dropped)
+    if job["kind"] == "impressions":
+        history, positives, negatives = impressions(latest, past, texts, job, key, dropped)
+    elif job["kind"] == "ratings":
+        history, positives, negatives = ratings(latest, job, key, dropped)
+    else:
+        history, positives, negatives = sequences(latest, items, job, key)
+    if job["next_item"] and job["kind"] != "sequences":
+        negatives = draw({*latest, *history}, items, job["negatives"], key)
+    for part, found in (("history", history), ("positives", positives), ("negatives", negatives)):
+        if not found:
+            dropped[f"users without {part}"] += 1
+            return None
+    candidates = by_hash(positives + negatives, key, "place")  # a hash of its own: places must not tell labels
+    labels = [int(item in positives) for item in candidates]
+    return {"user": user, "history": history[-job["max_history"]:], "candidates": candidates, "labels": labels}
+
+
 # ----------------------------------------------------------------------------------------------- splits and their files
+
+OUR_FILES = ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "valid.jsonl"]
 
 
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
-    row, (items_table, events_table) = common.DATASETS[name], find(name, args.raw)
-    plan = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
-            "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
-            "drawn": row.kind == "sequences" or bool(args.positives or args.negatives), "max_rows": args.max_rows,
-            "test_size": (20_000 if row.test else 0) if args.test_size is None else args.test_size,
-            "train_size": (100_000 if row.finetune else 0) if args.train_size is None else args.train_size}
-    if not plan["test_size"] and not plan["train_size"]:
+    row, tables, folder = common.DATASETS[name], find_files(name, args.raw), Path(args.out, name)
+    found = found_job(folder)
+    job = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
+           "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
+           "next_item": bool(args.positives or args.negatives), "max_rows": args.max_rows,
+           "test_size": args.test_size, "train_size": args.train_size}
+    if args.test_size is None:
+        job["test_size"] = 20_000 if row.test else 0
+    if args.train_size is None:
+        job["train_size"] = 100_000 if row.finetune else 0
+    if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    files = {path.name: path.stat().st_size for path in (*items_table.files, *events_table.files)}
-    if unchanged(args.out, name, plan, files, args.overwrite):
+    job["raw"] = raw_files(Path(args.raw, name), tables[0].files + tables[1].files, found)
+    if is_finished(folder, job, found, args.overwrite):
         return
-    counts, dropped = {"items": {}, "events": {}}, Counter()
-    csv.field_size_limit(1 << 27)  # a user's list of items may be long
-    gc.disable()  # millions of short-lived tuples and no cycles: looking for garbage takes a third of the time
-    try:
-        texts = read_items(items_table, counts["items"], dropped)
-        items, numbers = list(texts), {item: number for number, item in enumerate(texts)}
-        blocks = chain.from_iterable(read(path, events_table, counts["events"]) for path in events_table.files)
-        hash_of = functools.partial(common.digest, args.seed, name)
-        *sample, share = sample_users(blocks, numbers, hash_of, args.max_rows, dropped)
-    finally:
-        gc.enable()
-    users = filter(None, (user_line(*user, texts, items, plan, dropped) for user in in_hash_order(*sample)))
-    test, tuned = take(users, plan["test_size"]), take(users, plan["train_size"])
-    valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
-    found = {"test_size": samples(test), "train_size": samples(tuned)}
-    short = {size: count for size, count in found.items() if count < plan[size]}
-    for size, count in short.items():
-        print(f"WARNING: {name}: --{size.replace('_', '-')} asks for {plan[size]} samples, {count} were found"
-              + f" among {share:.2%} of the users: raise --max-rows" * (share < 1), file=sys.stderr)
+    with replacing(folder) as new:  # made before the reading, so that where nothing can be written is said at once
+        texts, splits, report = read_dataset(tables, job)
+        write_dataset(new, texts, splits, job, report)
+
+
+def read_dataset(tables, job):
+    """Texts {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
+
+    tables: of items and of events. Raises UserError where there is no sample.
+    """
+    name, dropped, counts = job["dataset"], Counter(), {"items": {}, "events": {}}
+    texts = read_items(tables[0], counts["items"], dropped)
+    items = list(texts)
+    numbers = {item: number for number, item in enumerate(items)}
+    sample = Sample(job["seed"], name, job["max_rows"])
+    unknown = sample.fill(read_table(tables[1], counts["events"]), numbers, dropped)
+    users = lines_of(sample, texts, items, job, dropped)
+    test, tuned = take(users, job["test_size"]), take(users, job["train_size"])
+    share, short = sample.threshold / EVERYBODY, {}
+    for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(tuned))):
+        if found < job[size]:
+            short[size] = found
+            more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
+            common.say(f"WARNING: {name}: --{size.replace('_', '-')} asks for {job[size]} samples, "
+                       f"{found} were found{more}")
     if not test and not tuned:
-        raise UserError(f"{name}: no samples; dropped were {json.dumps(dropped)}")
-    write_dataset(args.out, name, texts, {"train": tuned[valid:], "valid": tuned[:valid], "test": test}, {
-        "plan": plan, "raw": files, "rows": counts, "dropped": dropped, "share_of_users": share, "short": short})
+        examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
+        raise UserError(f"{name}: no samples; dropped were {json.dumps(dropped)}{examples}")
+    valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
+    splits = {"train": tuned[valid:], "valid": tuned[:valid], "test": test}
+    return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
+
+
+def lines_of(sample, texts, items, job, dropped):
+    """Yield the lines of the users of a sample that have one, lowest hash first."""
+    for user, events, past in sample.by_user():
+        line = user_line(user, events, past, texts, items, job, dropped)
+        if line:
+            yield line
 
 
 def take(users, size):
     """The next users of an iterator, until their samples are at least size or there are no more."""
-    taken, count = [], 0
-    while count < size and (user := next(users, None)):
+    taken = []
+    while size > 0:
+        user = next(users, None)
+        if user is None:
+            break
         taken.append(user)
-        count += len(user["labels"])
+        size -= len(user["labels"])
     return taken
 
 
-def samples(users):
+def count_samples(users):
+    """Candidates of all users."""
     return sum(len(user["labels"]) for user in users)
 
 
 def items_of(users):
     """The item ids that stand in the lines of users, sorted."""
-    return sorted({item for user in users for item in chain(user["history"], user["candidates"])})
+    items = set()
+    for user in users:
+        items.update(user["history"], user["candidates"])
+    return sorted(items)
 
 
-def unchanged(out, name, plan, files, overwrite):
-    """True (and a line) where the dataset was made by the same plan from the same files. Raises UserError where not."""
-    folder = Path(out, name)
-    meta = common.read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
-    if (meta.get("format"), meta.get("plan"), meta.get("raw")) == (common.FORMAT, plan, files):
+def found_job(folder):
+    """The job in the meta.json of a folder that would be replaced; None where there is no folder, or an empty one.
+
+    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
+    own = isinstance(meta, dict) and meta.get("dataset") == folder.name
+    for name in names:
+        if not own or name not in meta.get("files", OUR_FILES):
+            raise UserError(f"{folder} is in the way: it holds {name}, which prepare_data.py has not written; "
+                            "choose another --out")
+    return meta.get("job", {}) if names else None
+
+
+def raw_files(folder, paths, job):
+    """{name below the folder: {"size", "modified", "sha256"}} of raw files.
+
+    job: the one found beside the output, or None. A file whose size and time of modification stand there is not read
+    again; one that was touched but not edited keeps what stands there.
+    """
+    raw, known = {}, (job or {}).get("raw", {})
+    for path in sorted(set(paths)):
+        name, status = path.relative_to(folder).as_posix(), path.stat()
+        before = known.get(name, {})
+        raw[name] = {**before, "size": status.st_size, "modified": status.st_mtime_ns}
+        if raw[name] != before:
+            raw[name]["sha256"] = file_sha256(path)
+        if raw[name]["sha256"] == before.get("sha256"):
+            raw[name] = before
+    return raw
+
+
+def file_sha256(path):
+    """The sha256 of a file."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        block = file.read(1 << 20)
+        while block:
+            sha256.update(block)
+            block = file.read(1 << 20)
+    return sha256.hexdigest()
+
+
+def is_finished(folder, job, found, overwrite):
+    """True (and a line) where the folder was made by the same job. Raises UserError where by another one."""
+    finished = common.job_state(folder, job, found, True, overwrite) == "finished"
+    if finished:
         print(f"{folder} is already prepared with these arguments")
-        return True
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} was made with other arguments or raw files; --overwrite replaces it")
-    return False
+    return finished
 
 
 @contextlib.contextmanager
 def replacing(folder):
     """A new folder to write into, which takes the place of folder at the end: stopped half way, nothing is lost."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    target = folder.resolve()  # behind a symbolic link, on another disk perhaps
+    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new
+    try:
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:  # Ctrl-C, too
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def write_dataset(out, name, texts, splits, meta):
-    """Write a dataset's folder in the standard format.
+def write_dataset(folder, texts, splits, job, report):
+    """Write items.jsonl, the splits that are not empty, and meta.json.
 
-    texts: {item id: text}, of which those are written that the splits use. splits: {"train", "valid", "test": users'
-    lines}; empty ones are left out. meta: what else meta.json says; unchanged compares its "plan" and "raw".
+    texts: {item id: text}, of which those are written that the splits use. report: what else meta.json says.
     """
+    name = job["dataset"]
+    row = common.DATASETS.get(name) or common.DEMO[name]
     splits = {split: users for split, users in splits.items() if users}
-    items, sha256, row = items_of(chain(*splits.values())), hashlib.sha256(), common.dataset(name)
-    with replacing(Path(out, name)) as folder:
-        for table, rows in {"items": [{"id": item, "text": texts[item]} for item in items], **splits}.items():
-            with open(folder / f"{table}.jsonl", "wb") as file:
-                for line in rows:  # half surrogate pairs in ids become JSON escapes again
-                    line = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-                    sha256.update(line)
-                    file.write(line)
-        counts = {split: {"users": len(users), "items": len(items_of(users)), "samples": samples(users),
-                          "positives": sum(sum(user["labels"]) for user in users)} for split, users in splits.items()}
-        common.write_json(folder / "meta.json", {
-            "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind,
-            "seed": meta["plan"]["seed"], **meta, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts})
-    for split, count in counts.items():
-        print(f"{Path(out, name, split)}.jsonl: " + ", ".join(f"{value} {what}" for what, value in count.items()))
+    items = items_of(user for users in splits.values() for user in users)
+    tables = {"items": [{"id": item, "text": texts[item]} for item in items], **splits}
+    sha256, counts = hashlib.sha256(), {}
+    for table, rows in tables.items():
+        with open(folder / f"{table}.jsonl", "wb") as file:
+            for line in rows:  # half surrogate pairs in ids become JSON escapes again
+                line = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+                sha256.update(line)
+                file.write(line)
+    for split, users in splits.items():
+        counts[split] = {"users": len(users), "items": len(items_of(users)), "samples": count_samples(users),
+                         "positives": sum(sum(user["labels"]) for user in users)}
+        print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
+    common.write_json(folder / "meta.json", {
+        "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind, "seed": job["seed"],
+        "job": job, **report, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts})
 
 
 # --------------------------------------------------------------------------------------------- the authors' own samples
 
 RECBENCH = {  # columns of the authors' parquet files: user, item, history, label; then those of the text
-    "mind": "uid nid history click title", "pens": "uid nid history click title",
-    "goodreads": "uid bid history click title", "books": "reviewerID asin history click title",
-    "movielens": "userId movieId his click title", "microlens": "user item history click title",
-    "netflix": "uid mid history click title year", "cds": "reviewerID asin history click title",
-    "lastfm": "uid tid history click track_name artist_name", "hm": "customer_id article_id history click detail_desc",
-    "pog": "user_id item_id history click title_en", "electronics": "reviewerID asin history click title",
-    "steam": "user_id app_id history click title", "hotelrec": "uid hid history click hotel_name hotel_location",
+    "mind": "uid nid history click title",
+    "pens": "uid nid history click title",
+    "goodreads": "uid bid history click title",
+    "books": "reviewerID asin history click title",
+    "movielens": "userId movieId his click title",
+    "microlens": "user item history click title",
+    "netflix": "uid mid history click title year",
+    "cds": "reviewerID asin history click title",
+    "lastfm": "uid tid history click track_name artist_name",
+    "hm": "customer_id article_id history click detail_desc",
+    "pog": "user_id item_id history click title_en",
+    "electronics": "reviewerID asin history click title",
+    "steam": "user_id app_id history click title",
+    "hotelrec": "uid hid history click hotel_name hotel_location",
     "yelp": "user_id business_id history click name",
 }
 
@@ -611,68 +975,87 @@ def from_recbench(name, folder, args):
     """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample, in the standard format.
 
     folder holds items, users, test and finetune.parquet, and valid_user_set_0.1.txt (else 10% of the users by hash).
-    Kept as they are: duplicates, users of one class, positives that stand in the history. Of several rows of one user
-    or item the last counts, as in the authors' code. Raises UserError.
+    Kept as they are: texts, duplicates, users of one class, positives that stand in the history. Of several rows of one
+    user or item the last counts, as in the authors' code. Raises UserError.
     """
     user, item, history, label, *attributes = RECBENCH[name].split()
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
-    parts = [part for part in ("test", "finetune") if f"{part}.parquet" in files]
-    if not parts or not {"items.parquet", "users.parquet"} <= files.keys():
+    target = Path(args.out, name)
+    files = ["items.parquet", "users.parquet", "test.parquet", "finetune.parquet", "valid_user_set_0.1.txt"]
+    paths = [folder / file for file in files if (folder / file).is_file()]
+    parts = [path.stem for path in paths if path.stem in ("test", "finetune")]
+    if not parts or paths[:2] != [folder / file for file in files[:2]]:
         raise UserError(f"{folder} lacks items.parquet, users.parquet, or test.parquet and finetune.parquet; "
                         "get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
-    plan = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True}
-    if unchanged(args.out, name, plan, files, args.overwrite):
+    found = found_job(target)
+    job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
+           "raw": raw_files(folder, paths, found)}
+    if is_finished(target, job, found, args.overwrite):
         return
-    lines = read_samples(folder, parts, user, item, history, label, args.max_history)
-    tuned = lines.get("finetune", {})
-    valid = set(lowest(tuned, max(1, len(tuned) // 10), functools.partial(common.digest, args.seed, name)))
-    if "valid_user_set_0.1.txt" in files:
-        valid = set((folder / "valid_user_set_0.1.txt").read_text(encoding="utf-8").splitlines())
-        if tuned and not valid & tuned.keys():
-            raise UserError(f"{folder / 'valid_user_set_0.1.txt'} names no user of finetune.parquet")
-    splits = {"train": [tuned[who] for who in tuned if who not in valid],
-              "valid": [tuned[who] for who in tuned if who in valid], "test": list(lines.get("test", {}).values())}
-    texts = dict.fromkeys(items_of(chain(*splits.values())), "")
-    for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
-        if str(one) in texts:
-            texts[str(one)] = described(attributes, values)
-    write_dataset(args.out, name, texts, splits, {"plan": plan, "raw": files})
+    with replacing(target) as new:
+        lines = {part: read_samples(folder / f"{part}.parquet", user, item, label) for part in parts}
+        read_histories(folder / "users.parquet", user, history, lines, args.max_history)
+        tuned, test = lines.get("finetune", {}), lines.get("test", {})
+        valid = valid_users(folder / files[4], tuned, job)
+        splits = {"train": [], "valid": [], "test": list(test.values())}
+        for who, line in tuned.items():
+            splits["valid" if who in valid else "train"].append(line)
+        texts = dict.fromkeys(items_of([*tuned.values(), *test.values()]), "")
+        for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
+            if str(one) in texts:
+                texts[str(one)] = described(attributes, [text_of(value) for value in values])
+        write_dataset(new, texts, splits, job, {})
 
 
-def read_samples(folder, parts, user, item, history, label, max_history):
-    """{part: {user: line}} of the parquet files of the parts and of users.parquet; user to label: names of columns.
+def read_samples(path, user, item, label):
+    """{user: line} of the samples of a parquet file, users in the order of their first; user, item, label: columns.
 
-    Raises UserError where a sample would be misread.
+    The line's history is still None. Raises UserError where a label is neither 0 nor 1.
     """
-    lines = {part: {} for part in parts}
-    for part, users in lines.items():
-        for who, what, liked in parquet_rows(folder / f"{part}.parquet", user, item, label):
-            if liked not in (0, 1):
-                raise UserError(f"{folder / part}.parquet: the label of user {who} is {liked!r}, neither 0 nor 1")
-            line = users.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
-            line["candidates"].append(str(what))
-            line["labels"].append(int(liked))
-    for who, past in parquet_rows(folder / "users.parquet", user, history):
+    lines = {}
+    for who, what, liked in parquet_rows(path, user, item, label):
+        if liked not in (0, 1):
+            raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
+        line = lines.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
+        line["candidates"].append(str(what))
+        line["labels"].append(int(liked))
+    return lines
+
+
+def read_histories(path, user, history, lines, max_history):
+    """Fill in the histories of lines {part: {user: line}}, the last max_history items. Raises UserError."""
+    for who, past in parquet_rows(path, user, history):
         if isinstance(past, str):
-            raise UserError(f"{folder / 'users.parquet'}: the history of user {who} is a string, not a list of items")
+            raise UserError(f"{path}: the history of user {who} is a string, not a list of items")
         for users in lines.values():
             if str(who) in users:
                 users[str(who)]["history"] = [str(one) for one in past or []][-max_history:]
-    for line in chain(*(users.values() for users in lines.values())):
-        if line["history"] is None:
-            raise UserError(f"{folder}: user {line['user']} has samples, but is not in users.parquet")
-    return lines
+    for users in lines.values():
+        for who, line in users.items():
+            if line["history"] is None:
+                raise UserError(f"{path} lacks user {who}, who has samples")
+
+
+def valid_users(path, tuned, job):
+    """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
+    if not path.is_file():
+        return by_hash(tuned, (job["seed"], job["dataset"]))[:max(1, len(tuned) // 10)]
+    named = set(path.read_text(encoding="utf-8").splitlines())
+    if tuned and not named & tuned.keys():
+        raise UserError(f"{path} names no user of finetune.parquet")
+    return named
 
 
 def parquet_rows(path, *columns):
     """Yield the rows of a parquet file as tuples, in file order. Raises UserError."""
     try:
         from pyarrow import ArrowException, parquet
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=list(columns)):
-                yield from zip(*(batch.column(column).to_pylist() for column in columns))
     except ImportError:
         raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=list(columns)):
+                values = [batch.column(column).to_pylist() for column in columns]
+                yield from zip(*values)
     except (ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
 
@@ -694,8 +1077,10 @@ THEMES = {
     "fashion": "dress velvet runway jacket silk boutique model heels tailor denim scarf perfume",
 }
 DEMO_THEMES = {  # shared in part, within a domain and across domains
-    "news-a": "football finance crime medicine space history", "news-b": "football finance crime medicine travel music",
-    "books-a": "romance history music crime space medicine", "books-b": "romance history music crime cooking travel",
+    "news-a": "football finance crime medicine space history",
+    "news-b": "football finance crime medicine travel music",
+    "books-a": "romance history music crime space medicine",
+    "books-b": "romance history music crime cooking travel",
     "shop": "cooking gardening fashion travel football music",
 }
 TITLES = {  # each takes three words of one theme
@@ -703,83 +1088,123 @@ TITLES = {  # each takes three words of one theme
     "book": ["the {} , the {} and the {}", "{} {} of the {}", "a {} {} {} story"],
     "shop": ["{} {} with {}", "set of {} {} {}", "deluxe {} {} and {}"],
 }
-DEMO_USERS = {"test": 250, "valid": 60, "train": 300}  # a dataset
+DEMO_USERS = {"test": 250, "valid": 60, "train": 300}  # per dataset
 
 
 def make_demo(out, seed, overwrite):
-    """Five small datasets in three domains, and OUT/demo-model, which has read about their themes and met no user.
-
-    A user likes two of the dataset's six themes; nine in ten items of the history are from these. Four candidates are
-    from liked themes and four from others; the former are the positives, but in "shop", whose users want what is unlike
-    their history, the latter.
-    """
-    plan = {"dataset": "demo", "seed": seed, "users": DEMO_USERS}
+    """Five small datasets in three domains, and OUT/demo-model, which has read about their themes and met no user."""
     for name in common.DEMO:
-        if not unchanged(out, name, plan, {}, overwrite):
-            write_dataset(out, name, *demo_dataset(name, seed), {"plan": plan, "raw": {}})
-    if not unchanged(out, "demo-model", plan, {}, overwrite):
-        with replacing(Path(out, "demo-model")) as folder:
-            train_demo_model(folder, seed)
-            common.write_json(folder / "meta.json", {"format": common.FORMAT, "plan": plan, "raw": {}})
-    print(f"{Path(out, 'demo-model')} is the model to start from")
+        folder = Path(out, name)
+        job = {"dataset": name, "seed": seed, "users": DEMO_USERS}
+        if not is_finished(folder, job, found_job(folder), overwrite):
+            with replacing(folder) as new:
+                texts, splits = demo_dataset(name, seed)
+                write_dataset(new, texts, splits, job, {})
+    folder = Path(out, "demo-model")
+    job = {"dataset": "demo-model", "seed": seed}
+    if not is_finished(folder, job, found_job(folder), overwrite):
+        with replacing(folder) as new:
+            train_demo_model(new, seed)
+            files = sorted(path.name for path in new.iterdir())
+            common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": "demo-model", "job": job,
+                                                  "files": [*files, "meta.json"]})
+    print(f"{folder} is the model to start from")
 
 
 def demo_dataset(name, seed):
-    """Texts of 40 items a theme; splits of users, each 6 to 10 items of history and 4 + 4 candidates."""
-    themes, texts, users = DEMO_THEMES[name].split(), {}, []
+    """({item: title}: 40 items per theme; {split: users' lines}).
+
+    A user likes two of the dataset's six themes; nine in ten items of the history, 6 to 10, are from these. Four
+    candidates are from liked themes and four from others; the former are the positives, but in "shop", whose users want
+    what is unlike their history, the latter.
+    """
+    themes, texts, splits, number = DEMO_THEMES[name].split(), {}, {}, 0
     for theme in themes:
-        lot = random.Random(common.digest(seed, name, theme))
-        for number in range(40):
-            texts[f"{theme}-{number}"] = title_of(lot, lot.choice(TITLES[common.DEMO[name].domain]), theme)
-    for user in (f"{name}-{number}" for number in range(sum(DEMO_USERS.values()))):
-        lot = random.Random(common.digest(seed, name, user))
-        liked = lot.sample(themes, 2)
-        own = [item for item in texts if item.split("-")[0] in liked]
-        other = [item for item in texts if item.split("-")[0] not in liked]
-        lot.shuffle(own)
-        lot.shuffle(other)
-        history = [(own if lot.random() < 0.9 else other).pop() for _ in range(lot.randint(6, 10))]
-        labels = {**dict.fromkeys(own[:4], int(name != "shop")), **dict.fromkeys(other[:4], int(name == "shop"))}
-        shown = list(labels)
-        lot.shuffle(shown)
-        users.append({"user": user, "history": history, "candidates": shown,
-                      "labels": [labels[item] for item in shown]})
-    users = iter(users)
-    return texts, {split: list(islice(users, count)) for split, count in DEMO_USERS.items()}
+        rng = random.Random(common.digest(seed, name, theme))
+        for k in range(40):
+            pattern = rng.choice(TITLES[common.DEMO[name].domain])
+            texts[f"{theme}-{k}"] = theme_title(rng, pattern, theme)
+    for split, count in DEMO_USERS.items():
+        splits[split] = []
+        for _ in range(count):
+            splits[split].append(demo_user(f"{name}-{number}", name, seed, themes, texts))
+            number += 1
+    return texts, splits
 
 
-def title_of(lot, pattern, theme):
+def demo_user(user, name, seed, themes, texts):
+    """The line of a user of the demo."""
+    rng = random.Random(common.digest(seed, name, user))
+    liked_themes = rng.sample(themes, 2)
+    liked = [item for item in texts if item.split("-")[0] in liked_themes]
+    other = [item for item in texts if item.split("-")[0] not in liked_themes]
+    rng.shuffle(liked)
+    rng.shuffle(other)
+    history = []
+    for _ in range(rng.randint(6, 10)):
+        source = liked if rng.random() < 0.9 else other
+        history.append(source.pop())
+    wanted = other[:4] if name == "shop" else liked[:4]
+    candidates = liked[:4] + other[:4]
+    rng.shuffle(candidates)
+    labels = [int(item in wanted) for item in candidates]
+    return {"user": user, "history": history, "candidates": candidates, "labels": labels}
+
+
+def theme_title(rng, pattern, theme):
     """A title: the pattern with three words of the theme."""
-    return pattern.format(*lot.sample(THEMES[theme].split(), 3))
+    return pattern.format(*rng.sample(THEMES[theme].split(), 3))
+
+
+def demo_documents(seed):
+    """4,000 texts of 6 to 14 sentences, each about one to three themes."""
+    rng = random.Random(common.digest(seed, "documents"))
+    patterns = [pattern for patterns in TITLES.values() for pattern in patterns]
+    documents = []
+    for _ in range(4000):
+        themes, sentences = rng.sample(list(THEMES), rng.randint(1, 3)), []
+        for _ in range(rng.randint(6, 14)):
+            pattern = rng.choice(patterns)
+            sentences.append(theme_title(rng, pattern, rng.choice(themes)) + " .")
+        documents.append(" ".join(sentences))
+    return documents
+
+
+def demo_tokenizer(folder, documents):
+    """A tokenizer whose tokens are lower-case words and marks: those of the documents and of the prompt."""
+    import transformers
+    prompt = [str(value) for value in common.PROMPT.values()] + common.PROMPT["answers"]
+    numerals = [str(number) for number in range(1, 21)]
+    text = " ".join(documents) + " ".join(prompt + numerals).lower()
+    words = ["<pad>", "<s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    common.write_json(folder / "tokenizer.json", {
+        "version": "1.0", "normalizer": {"type": "Lowercase"}, "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}})
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>",
+                                                bos_token="<s>", unk_token="<unk>")
 
 
 def train_demo_model(folder, seed, steps=500, batch=32, length=64):
-    """A foundation model in miniature: a small Llama, one token a word, trained to predict the next word."""
+    """A foundation model in miniature: a small Llama, one token per word, trained to predict the next word."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    lot, patterns, documents = random.Random(common.digest(seed, "documents")), list(chain(*TITLES.values())), []
-    for _ in range(4000):  # 6 to 14 sentences about one to three themes
-        themes = lot.sample(list(THEMES), lot.randint(1, 3))
-        documents.append(" ".join(title_of(lot, lot.choice(patterns), lot.choice(themes)) + " ."
-                                  for _ in range(lot.randint(6, 14))))
-    prompt = " ".join(map(str, chain(common.PROMPT.values(), common.PROMPT["answers"], range(1, 21)))).lower()
-    words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(documents) + prompt)))
-    numbers = {word: number for number, word in enumerate(["<pad>", "<s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(numbers, "<unk>"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-                                                     unk_token="<unk>")
+    documents = demo_documents(seed)
+    tokenizer = demo_tokenizer(folder, documents)
+    tokens = []
+    for document in documents:
+        tokens += [tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]
+    text = torch.tensor(tokens)
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=None))
-    text = torch.tensor([token for document in documents for token in [1, *tokenizer(document)["input_ids"]]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="demo-model", unit="step"):
-        tokens = text[torch.randint(len(text) - length, (batch, 1)) + torch.arange(length)]
-        loss = model(input_ids=tokens, labels=tokens).loss
+        starts = torch.randint(len(text) - length, (batch, 1))
+        windows = text[starts + torch.arange(length)]
+        loss = model(input_ids=windows, labels=windows).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -797,11 +1222,13 @@ def list_datasets():
     """Print the table of the benchmark, the raw files expected in RAW/<dataset>/ and where to get them."""
     for name, row in common.DATASETS.items():
         source = SOURCES[name]
+        roles = "test and fine-tune" if row.test and row.finetune else "test" if row.test else "fine-tune"
         items = " or ".join(", ".join(table.files) for table in source.items)
-        files = ", ".join(dict.fromkeys([items, *source.events.files]))
-        roles = " and ".join(["test"] * row.test + ["fine-tune"] * row.finetune)
+        events = [file for file in source.events.files if file != items]
         print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
-              f"{row.negatives:4} negatives\n{'':12} {source.home}\n{'':12} {files}")
+              f"{row.negatives:4} negatives")
+        print(f"{'':12} {source.home}")
+        print(f"{'':12} {', '.join([items, *events])}")
 
 
 def arguments(argv):
@@ -817,8 +1244,8 @@ def arguments(argv):
     add("--train-size", type=common.whole, metavar="SAMPLES",
         help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
     add("--max-history", type=common.positive, default=20, help="items of a history that are written, the latest")
-    add("--positives", type=common.positive, help="a user's; if given, negatives are drawn (if not: see --list)")
-    add("--negatives", type=common.positive, help="a user's, drawn from items never touched (if not given: see --list)")
+    add("--positives", type=common.positive, help="per user; if given, negatives are drawn (if not: see --list)")
+    add("--negatives", type=common.positive, help="per user, drawn from items never touched (if not given: see --list)")
     add("--max-rows", type=common.positive, default=20_000_000, help="events kept in memory")
     add("--seed", type=int, default=2025, help="seed of everything random")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
@@ -826,7 +1253,7 @@ def arguments(argv):
     if not args.list and not args.names:
         raise UserError("name the datasets to prepare, or demo; --list shows them")
     for name in args.names:
-        if name not in (*SOURCES, "demo"):
+        if name not in SOURCES and name != "demo":
             raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
     if args.from_recbench and (args.test_size or args.train_size or args.positives or args.negatives):
         raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
@@ -836,10 +1263,13 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     if args.list:
-        return list_datasets()
-    for name in args.names:
-        if name != "demo" and not args.from_recbench:
-            find(name, args.raw)  # a missing file is said before any long work
+        list_datasets()
+        return
+    for name in args.names:  # what is missing or in the way is said before any long work
+        if name != "demo":
+            found_job(Path(args.out, name))
+            if not args.from_recbench:
+                find_files(name, args.raw)
     for name in args.names:
         if name == "demo":
             make_demo(args.out, args.seed, args.overwrite)

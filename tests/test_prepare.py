@@ -1,6 +1,5 @@
 """prepare_data.py: every raw format by a hand-made miniature (tests/raw), the shared rules, sampling, bad input."""
 import contextlib
-import gc
 import gzip
 import hashlib
 import io
@@ -293,18 +292,10 @@ def test_next_item_ranking_of_any_dataset(name, tmp_path):
 
 
 def test_draw_is_distinct_and_never_touched():
-    lot = lambda *parts: hashed("draw", *parts)
     items = [f"i{k}" for k in range(100)]
     for touched, count, found in ((items[:10], 20, 20), (items[:95], 20, 5), (items, 3, 0), (items[:60], 40, 40)):
-        drawn = prepare_data.draw(set(touched), count, items, lot)
+        drawn = prepare_data.draw(set(touched), items, count, ("draw",))
         assert len(drawn) == len(set(drawn)) == found and set(drawn) <= set(items) - set(touched)
-
-
-def test_lookup_is_a_dictionary():
-    """A table of eight places for a thousand strings: nearly every place is fought for."""
-    names = [f"n{k % 1000}" for k in range(5000)] + ["", "", "n3"]
-    look_up = prepare_data.lookup(lambda name: len(name) * 10_000 + int(name[1:] or 0), bits=3)
-    assert look_up(names).tolist() == [len(name) * 10_000 + int(name[1:] or 0) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -335,7 +326,7 @@ def test_stopped_half_way_nothing_is_lost(tmp_path, monkeypatch, step):
         assert run("movielens", "--raw", tmp_path, "--out", tmp_path / "out", "--overwrite")[0] == 130
     assert json.loads((tmp_path / "out/movielens/meta.json").read_text()) == first
     second = prepared("movielens", tmp_path / "out", "--overwrite", raw=tmp_path)[0]
-    assert second["plan"]["test_size"] == 20_000 and [p.name for p in (tmp_path / "out").iterdir()] == ["movielens"]
+    assert second["job"]["test_size"] == 20_000 and [p.name for p in (tmp_path / "out").iterdir()] == ["movielens"]
 
 
 def test_sha256_is_of_the_files(tmp_path):
@@ -381,9 +372,9 @@ def broken(tmp_path, name, file=None, change=None):
     ("mind", "train/news.tsv", lambda data: None, "msnews.github.io"),
     ("netflix", "combined_data_4.txt", lambda data: None, "combined_data_4.txt"),
     ("movielens", "ratings.csv", lambda data: b"", "empty"),
-    ("movielens", "ratings.csv", lambda data: data.split(b"\n")[0], "0 of 0 rows"),
+    ("movielens", "ratings.csv", lambda data: data.split(b"\n")[0], "holds no rows"),
     ("movielens", "ratings.csv", lambda data: data.replace(b",", b";"), "no column"),
-    ("movielens", "ratings.csv", lambda data: random.Random(0).randbytes(5000), "no column"),
+    ("movielens", "ratings.csv", lambda data: random.Random(0).randbytes(5000), "NUL bytes"),
     ("movielens", "ratings.csv", lambda data: data.replace(b"rating", b"stars"), "'rating'"),
     ("movielens", "ratings.csv", lambda data: data.replace(b",5.0,", b",five,"), "malformed"),
     ("movielens", "ratings.csv", lambda data: data.replace(b",5.0,", b",50,"), "malformed"),
@@ -395,7 +386,7 @@ def broken(tmp_path, name, file=None, change=None):
     ("yelp", "yelp_academic_dataset_review.json", lambda data: data.replace(b"{", b"["), "malformed"),
     ("yelp", "yelp_academic_dataset_review.json", lambda data: b"[" * 100_000 + b"\n", "malformed"),
     ("yelp", "yelp_academic_dataset_review.json", lambda data: data.replace(b"user_id", b"user"), "malformed"),
-    ("lastfm", "userid-timestamp-artid-artname-traid-traname.tsv", lambda data: b"\0" * 5000, "malformed"),
+    ("lastfm", "userid-timestamp-artid-artname-traid-traname.tsv", lambda data: b"\0" * 5000, "NUL bytes"),
     ("cds", "CDs_and_Vinyl.json.gz", lambda data: data[:len(data) // 2], "cut short"),
     ("cds", "CDs_and_Vinyl.json.gz", lambda data: gzip.decompress(data), "cut short"),
     ("cds", "CDs_and_Vinyl.json.gz", lambda data: data[:60] + b"\xff\xff\xff\xff" + data[64:], "damaged"),
@@ -403,7 +394,7 @@ def broken(tmp_path, name, file=None, change=None):
 def test_bad_file_is_one_line(tmp_path, name, file, change, says):
     code, _, err = run(name, "--raw", broken(tmp_path, name, file, change), "--out", tmp_path / "out")
     assert code == 2 and err.startswith("error: ") and says in err
-    assert not (tmp_path / "out" / name).exists() and gc.isenabled()
+    assert not (tmp_path / "out" / name).exists()
 
 
 @pytest.mark.parametrize("args, says", [
@@ -434,22 +425,20 @@ def test_up_to_one_percent_of_malformed_rows_is_counted(tmp_path, bad, code):
     got, _, err = run("movielens", "--raw", tmp_path, "--out", tmp_path / "out")
     assert got == code
     if code:
-        assert "4 of 311 rows are malformed, the first on line 12" in err
+        assert "4 of 311 rows are malformed; the first, on line 12: '1,2,3' (3 fields, not 4)" in err
     else:
         count = json.loads((tmp_path / "out/movielens/meta.json").read_text())["rows"]["events"]["ratings.csv"]
-        assert count == {"rows": 311, "malformed": 3, "first_malformed_line": 12}
+        assert count == {"rows": 311, "malformed": 3, "first_malformed":
+                         {"line": 12, "text": "1,2,3", "reason": "3 fields, not 4"}}
 
 
-def test_rows_of_several_lengths_and_texts_of_one_item(tmp_path):
-    """Further fields are no error; of two texts the first in the alphabet, in whatever order they stand."""
-    movielens(tmp_path, [("u", k, f"{5 if k else 1}", f"{k},more" if k % 2 else k) for k in range(5)], items=5)
-    for titles in ("9,B,\n9,A,x,y\n9,C\n", "9,A,x,y\n9,B\n9,C,\n"):
-        path = tmp_path / "movielens/movies.csv"
-        path.write_text("movieId,title,genres\n" + titles + "".join(f"{k},Film {k},x\n" for k in range(5)))
-        with open(tmp_path / "movielens/ratings.csv", "a") as file:
-            file.write("u,9,5,9\n")
-        items = prepared("movielens", tmp_path / titles[2], raw=tmp_path)[1]
-        assert items == {"9": "A", **{str(k): f"Film {k}" for k in range(5)}}
+def test_of_several_texts_of_one_item_the_first_in_the_alphabet_counts(tmp_path):
+    movielens(tmp_path, [("u", k, 5 if k else 1, k) for k in range(5)] + [("u", 9, 5, 9)], items=5)
+    path = tmp_path / "movielens/movies.csv"
+    films = path.read_text()
+    for order in ("BAC", "ABC"):
+        path.write_text(films + "".join(f"9,{title},x\n" for title in order))
+        assert prepared("movielens", tmp_path / order, raw=tmp_path)[1]["9"] == "A"
 
 
 def test_half_surrogates_survive(tmp_path):
@@ -460,6 +449,167 @@ def test_half_surrogates_survive(tmp_path):
     write(tmp_path / "yelp/yelp_academic_dataset_review.json", "".join(json.dumps(row) + "\n" for row in reviews))
     _, items, splits = prepared("yelp", tmp_path / "out", raw=tmp_path)
     assert splits["test"][0]["user"] == "\ud800y" and items["p\udc000"] == "Name ? 0"
+
+
+# ----------------------------------------------------------------------------------- what users' files have been seen to be
+
+
+def changed(tmp_path, name, file, old, new, *args):
+    """(exit code, last line of standard error) of preparing a miniature in which some bytes of a file are others."""
+    def replace(data):
+        assert old in data
+        return data.replace(old, new)
+    code, _, err = run(name, "--raw", broken(tmp_path / "raw", name, file, replace), "--out", tmp_path / "out", *args)
+    return code, err
+
+
+def texts_of(tmp_path, name):
+    return {row["id"]: row["text"] for row in lines(tmp_path / "out" / name / "items.jsonl")}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_raw_files_are_never_replaced(tmp_path, overwrite):
+    """--raw . --out .: the folder to write is the folder to read."""
+    broken(tmp_path, "mind")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    code, _, err = run("mind", "--raw", tmp_path, "--out", tmp_path, *overwrite)
+    assert code == 2 and "which prepare_data.py has not written" in err and "--overwrite" not in err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_symbolic_link_is_followed_twice_in_a_row(tmp_path):
+    (tmp_path / "disk/yelp").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/yelp").symlink_to(tmp_path / "disk/yelp")
+    for overwrite in ([], ["--overwrite"], ["--overwrite"]):
+        prepared("yelp", tmp_path / "out", *overwrite)
+        assert (tmp_path / "out/yelp").is_symlink() and (tmp_path / "disk/yelp/meta.json").exists()
+
+
+def test_where_nothing_can_be_written_is_said_before_reading(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare_data, "read_dataset", lambda tables, job: pytest.fail("it was read"))
+    code, _, err = run("yelp", "--raw", RAW, "--out", tmp_path / "file/out")
+    assert code == 2 and err.startswith("error: ")
+
+
+def test_an_edit_that_keeps_size_and_name_is_seen(tmp_path):
+    assert changed(tmp_path, "yelp", "yelp_academic_dataset_review.json", b'"', b'"')[0] == 0
+    path = tmp_path / "raw/yelp/yelp_academic_dataset_review.json"
+    path.write_bytes(path.read_bytes().replace(b"5.0", b"1.0", 1))
+    code, _, err = run("yelp", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
+    assert code == 2 and "made with other raw" in err
+    shutil.copyfile(RAW / "yelp" / path.name, path)  # another time of modification, the same content
+    code, out, _ = run("yelp", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
+    assert code == 0 and "already prepared" in out
+
+
+FILMS, STARS, NEWS, READS = "movies.csv", "ratings.csv", "train/news.tsv", "train/behaviors.tsv"
+SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
+
+
+@pytest.mark.parametrize("name, file, old, new, says", [
+    # a quote that is not closed
+    ("movielens", FILMS, b"\n1,Toy Story", b'\n1,"Toy Story', "line 2: "),
+    ("movielens", FILMS, b"15,Casino", b'15,"Casino', "line 7: unexpected end of data"),
+    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n15,Casino,Crime\n17,Up","x"', "line 6: a quote that opens there"),
+    ("movielens", FILMS, b'American President, The (1995)"', b"American President, The (1995)", "line 3"),
+    # encodings
+    ("movielens", FILMS, "Émile".encode(), "Émile".encode("cp1252"), "line 5: '13,Émile (2000),Drama' (no UTF-8"),
+    ("hotelrec", "HotelRec.txt", b"ann", b"Jos\xe9", "no UTF-8"),
+    ("steam", "App_ID_Info.txt", b"Braid", "Braid".encode("utf-16-le"), "NUL bytes"),
+    ("pog", "user_data.txt", b"a1", "\ufeffa1".encode("utf-16"), "UTF-16"),
+    # too many fields
+    ("lastfm", SONGS_FILE, b"Bj\xc3\xb6rk", b"Bj\xc3\xb6rk\tDC", "malformed"),
+    ("movielens", FILMS, b'"American President, The (1995)"', b"American President, The (1995)", "4 fields, not 3"),
+    ("movielens", STARS, b"7,1,3.5,1000", b"7,1,3.5,1000,x", "5 fields, not 4"),
+    ("mind", NEWS, b"N1\t", b"N1\tx\tx\tx\tx\tx\tx\tx\tx\t", "fields"),
+    # headers
+    ("movielens", STARS, b"8,1,5.0,10", b"userId,movieId,rating,timestamp", "a second header row"),
+    ("mind", NEWS, b"N1\t", b"id\tcategory\tsubcategory\ttitle\tabstract\nN1\t", "a header row"),
+    # ids of events and items that do not meet
+    ("movielens", FILMS, b"\n1", b"\nm1", "an item of the events is '11', of the items ['m1']"),
+])
+def test_malformed_file_is_one_line_that_shows_it(tmp_path, name, file, old, new, says):
+    code, err = changed(tmp_path, name, file, old, new)
+    assert code == 2 and says in err, err
+    assert not (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("name, file, old, new, item, text", [
+    ("netflix", "movie_titles.csv", "Amélie".encode("latin-1"), "Amélie".encode(), "3", "title: Amélie"),
+    ("netflix", "movie_titles.csv", b"1,2003,", b"\xef\xbb\xbf1,2003,", "1", "title: Dinosaur Planet, year: 2003"),
+    ("pens", "news.tsv", b"Two", b'"""Two"" of two"', "N2", '"Two" of two'),
+    ("pens", "news.tsv", b"Two", b'"Two" and "three"', "N2", '"Two" and "three"'),
+    ("movielens", FILMS, b"1,Toy Story (1995),Comedy", b'"1","Toy Story (1995)","Comedy"', "1", "Toy Story (1995)"),
+])
+def test_odd_file_is_read_as_it_was_meant(tmp_path, name, file, old, new, item, text):
+    code, err = changed(tmp_path, name, file, old, new)
+    assert code == 0, err
+    assert texts_of(tmp_path, name)[item] == text
+
+
+@pytest.mark.parametrize("name, file", [("pens", "news.tsv"), ("pog", "pog_translated_titles.csv")])
+def test_a_missing_header_loses_no_row(tmp_path, name, file):
+    expected = prepared(name, tmp_path / "with")[1:]
+    rows = (RAW / name / file).read_bytes().split(b"\n", 1)
+    code, err = changed(tmp_path, name, file, rows[0] + b"\n", b"")
+    assert code == 0, err
+    assert texts_of(tmp_path, name) == expected[0]
+
+
+def test_a_quoted_ratings_file_is_read(tmp_path):
+    """Whatever Python's csv reads is read."""
+    rows = (RAW / "movielens/ratings.csv").read_text(encoding="utf-8-sig").splitlines()
+    quoted = "\n".join('"' + row.replace(",", '","') + '"' for row in rows if row)
+    path = broken(tmp_path, "movielens") / "movielens/ratings.csv"
+    path.write_text(quoted)
+    assert prepared("movielens", tmp_path / "a", raw=tmp_path)[1:] == prepared("movielens", tmp_path / "b")[1:]
+
+
+@pytest.mark.parametrize("title, text", [
+    ("x<y and other inequalities", "x<y and other inequalities"), ("if a<b then c", "if a<b then c"),
+    ("Size <L", "Size <L"), ("USB <Type-C & A> Cable", "USB <Type-C & A> Cable"),
+    ("The HTML &lt;table&gt; Tag Explained", "The HTML <table> Tag Explained"), ("AT&amp;amp;T phone", "AT&T phone"),
+    ('<span class="a-size">Blue</span> <b>Train</b>', "Blue Train"), ("A<script>var x = 1 < 2;</script>B", "A B"),
+    ("I &lt;3 you", "I <3 you"), ("", ""),
+])
+def test_amazon_titles(title, text):
+    assert prepare_data.amazon_item(("A1", title)) == ("A1", text)
+
+
+def test_amazon_metadata_without_a_title_is_no_malformed_row(tmp_path):
+    folder = broken(tmp_path, "electronics") / "electronics"
+    with open(folder / "meta_Electronics.json", "a") as file:
+        for k, more in enumerate(["", ', "title": null', ', "title": NaN', ', "title": ["a"]']):
+            file.write('{"asin": "X%d"%s}\n' % (k, more))
+    before = prepared("electronics", tmp_path / "before")[0]
+    meta = prepared("electronics", tmp_path / "out", raw=tmp_path)[0]
+    assert meta["dropped"][TEXT] == before["dropped"].get(TEXT, 0) + 4
+    assert meta["rows"]["items"]["meta_Electronics.json"]["malformed"] == 0
+
+
+@pytest.mark.parametrize("title, text", [
+    ("Gumboy - Crazy Adventures\x99", "Gumboy - Crazy Adventures™"), ("Assassin\x92s Creed", "Assassin’s Creed"),
+    ("PokÃ©mon", "Pokémon"), ("三国", "三国"), ("Déjà vu", "Déjà vu"), ("\xa0Two \x85", "Two …"),
+])
+def test_steam_titles(title, text):
+    assert prepare_data.steam_item(["10", title, "game"]) == ("10", text)
+
+
+def test_files_one_folder_deeper_are_found_and_packed_ones_named(tmp_path):
+    broken(tmp_path / "deep", "movielens")
+    os.rename(tmp_path / "deep/movielens", tmp_path / "moved")
+    os.makedirs(tmp_path / "deep/movielens")
+    os.rename(tmp_path / "moved", tmp_path / "deep/movielens/ml-latest-small")
+    deep = prepared("movielens", tmp_path / "out", raw=tmp_path / "deep")
+    assert deep[1:] == prepared("movielens", tmp_path / "plain")[1:]
+    write(tmp_path / "packed/movielens/ml-latest-small.zip", "PK")
+    code, _, err = run("movielens", "--raw", tmp_path / "packed", "--out", tmp_path / "x")
+    assert code == 2 and "unpack ml-latest-small.zip" in err
+    write(tmp_path / "other/movielens/u.data", "1\t2\t3\t4\n")
+    code, _, err = run("movielens", "--raw", tmp_path / "other", "--out", tmp_path / "x")
+    assert code == 2 and "there are u.data" in err
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
@@ -575,10 +725,10 @@ def test_from_recbench(name, tmp_path):
         {"user": "6", "history": [str(k) for k in list(range(1, 5)) * 5], "candidates": ["4"], "labels": [1]}]
     texts = {row["id"]: row["text"] for row in lines(folder / "items.jsonl")}
     if len(attributes) == 1:
-        assert texts == {"1": "One", "2": "Two x", "3": "", "4": "Four"}
+        assert texts == {"1": "One", "2": " Two  x ", "3": "", "4": "Four"}
     else:
         first, second = attributes
-        assert texts == {"1": f"{first}: One, {second}: a", "2": f"{first}: Two x, {second}: e", "3": "",
+        assert texts == {"1": f"{first}: One, {second}: a", "2": f"{first}:  Two  x , {second}: e", "3": "",
                          "4": f"{first}: Four"}
 
 
@@ -622,7 +772,7 @@ def test_a_demo_model_of_another_seed_is_not_taken(tmp_path, monkeypatch):
     for name in common.DEMO:
         shutil.rmtree(tmp_path / name)
     code, _, err = run("demo", "--out", tmp_path, "--seed", "7")
-    assert code == 2 and "demo-model was made with other arguments" in err
+    assert code == 2 and "demo-model was made with other seed" in err
     assert run("demo", "--out", tmp_path, "--seed", "7", "--overwrite")[0] == 0
     assert (tmp_path / "demo-model/seed").read_text() == "7"
 
