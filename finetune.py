@@ -389,6 +389,8 @@ def job_of(args):
     """What a run is made of: a folder made by another job is not continued. What changes no result is left out."""
     free = ("data", "out", "device", "overwrite", "init_adapter", "trust_remote_code", "max_tokens",
             "gradient_checkpointing")  # a run that ran out of memory may go on with less
+    if args.init_adapter:
+        free += ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")  # the adapter brings its own shape
     job = {key: value for key, value in vars(args).items() if key not in free}
     job["prompt"] = common.load_prompt(args.prompt)
     job["dtype"] = common.placement(args)[1]

@@ -4,20 +4,17 @@
     ... --dry-run | grep finetune.py | parallel        then        ... --dry-run | grep evaluate.py | parallel
     python transfer_matrix.py --compare matrix matrix-of-a-larger-model
 
-Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: test sets and means.
-A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs unless it is there already.
-Writes matrix.json (everything), .csv, .md (printed, too), .svg (a heat map), runs/<source>/, cells/<source>/ in OUT.
+Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: test sets, and their mean.
+A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs; what is finished already is
+not run again. Writes to OUT: matrix.json (everything), .csv, .md (also printed), .svg (a heat map), runs/<source>/ and
+cells/<source>/.
 """
 import argparse
-import contextlib
 import html
-import io
+import math
 import os
-import re
 import shlex
 import sys
-import textwrap
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +24,18 @@ import evaluate
 import finetune
 from common import UserError, say
 
-# A training or a cell: module, arguments, command line, the file that it writes last, whether that is there.
-Piece = namedtuple("Piece", "script argv line result there")
 ZERO = "zero-shot"
-SIGN = {"better": "▲", "worse": "▼", "": ""}
+SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
 def arguments(argv):
     parser = common.Parser(__doc__, "transfer_matrix.py")
     add = parser.add_argument
     add("--model", help="hub id, local folder or a short name, as for finetune.py")
-    add("--sources", nargs="+", metavar="SOURCE", help="datasets to train on, one row each; a+b: trained on both")
-    add("--targets", nargs="+", metavar="TARGET", help="datasets to test on, one column each")
+    add("--sources", nargs="+", metavar="SOURCE", help="datasets to train on, a row each; a+b: trained on both")
+    add("--targets", nargs="+", metavar="TARGET", help="datasets to test on, a column each")
     add("--out", metavar="DIR", type=common.folder, help="folder of the matrix")
-    add("--metric", choices=[m for m in common.METRIC_NAMES if m != "logloss"], default="auc", help="in the cells")
+    add("--metric", choices=common.METRIC_NAMES, default="auc", help="metric in the cells")
     add("--k", nargs="+", type=common.positive, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
     add("--finetune-args", default="", metavar="'...'", help="more for finetune.py: --finetune-args='--lr 1e-3'")
@@ -48,12 +43,12 @@ def arguments(argv):
     add("--compare", nargs="+", metavar="DIR", help="print one table over several matrices: models by setting")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
-    if not args.compare:
-        if not (args.model and args.sources and args.targets and args.out) or args.model in common.BASELINES:
-            parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
-        sources = dict.fromkeys("+".join(common.check_names(source.split("+"))) for source in args.sources)
-        args.sources = by_domain([s for s in sources if "+" not in s]) + [s for s in sources if "+" in s]
-        args.targets = by_domain(args.targets)
+    if args.compare:
+        return args
+    if not (args.model and args.sources and args.targets and args.out) or args.model in evaluate.BASELINES:
+        parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
+    args.sources = list(dict.fromkeys(args.sources))
+    args.targets = list(dict.fromkeys(args.targets))
     try:
         args.finetune_args, args.evaluate_args = shlex.split(args.finetune_args), shlex.split(args.evaluate_args)
     except ValueError as error:
@@ -61,341 +56,429 @@ def arguments(argv):
     return args
 
 
-def by_domain(names):
-    """Names grouped by domain, none twice; domains, and datasets within them, in the order given."""
-    domains = [common.dataset(name).domain for name in names]
-    return sorted(common.check_names(names), key=lambda name: domains.index(common.dataset(name).domain))
-
-
 def main(argv=None):
     args = arguments(argv)
     if args.compare:
-        return print(compare(args.compare))
-    pieces = {(s, t): piece(args, s, t) for s in [ZERO, *args.sources] for t in [None, *args.targets]}
-    del pieces[ZERO, None]
-    for this in pieces.values():  # what is in the way is said before hours of training
-        this.script.read_metas(this.script.arguments(this.argv))
+        print(compare(args.compare))
+        return 0
+    missing = []
+    for source in [ZERO, *args.sources]:  # what is wrong or in the way is said before hours of training
+        for target in [None, *args.targets]:
+            if (source, target) != (ZERO, None) and not is_finished(*command(args, source, target)):
+                missing.append((source, target))
     if args.dry_run:
-        for this in sorted(pieces.values(), key=lambda this: this.script is evaluate):  # trainings first
-            perform(this) if this.there else print(this.line)
-        return None
-    done = {}
-    for (source, target), this in pieces.items():
-        # no cells without their training
-        if (target is None or source == ZERO or (source, None) in done) and perform(this):
-            done[source, target] = this.result
+        for source, target in sorted(missing, key=is_cell):  # trainings first
+            print(command_line(*command(args, source, target)))
+        return 0
+
+    done, failed = [], []
+    for source in [ZERO, *args.sources]:
+        if (source, None) in missing and not perform(*command(args, source, None)):
+            failed.append(f"training on {source}")
+            continue  # no cells without their training
+        for target in args.targets:
+            if (source, target) not in missing or perform(*command(args, source, target)):
+                done.append((source, target))
+            else:
+                failed.append(f"{source} on {target}")
     matrix = analyse(args, done)
-    matrix["failed"] = [f"{s} on {t}" if t else f"training on {s}" for s, t in pieces if (s, t) not in done]
     try:
-        matrix["foresight"] = foresight(args, matrix)
-    except (UserError, RuntimeError) as error:  # RuntimeError: torch is out of memory
-        matrix["failed"].append(f"likeness of the datasets ({error})")
+        matrix["similarity"] = similarity(args, matrix)
+    except UserError as error:
+        failed.append(f"similarity of the datasets ({error})")
+    matrix["failed"] = failed
     common.write_json(Path(args.out, "matrix.json"), matrix)
-    redraw(args.out)
-    return int(bool(matrix["failed"]))
+    common.write_atomically(Path(args.out, "matrix.csv"), comma_separated(matrix))
+    common.write_atomically(Path(args.out, "matrix.md"), markdown(matrix))
+    common.write_atomically(Path(args.out, "matrix.svg"), draw_svg(matrix))
+    print(f"\n{markdown(matrix)}\n{args.out}: matrix.json, matrix.csv, matrix.md, matrix.svg")
+    return 1 if failed else 0
 
-# ------------------------------------------------------------------------------------------------------ command lines
+# -------------------------------------------------------------------------------------------------------- command lines
 
 
-def piece(args, source, target=None):
-    """The Piece that is a row's training or, given a target, a cell."""
-    run, out = Path(args.out, "runs", source), Path(args.out, "cells", source)
+def command(args, source, target):
+    """(script, arguments) of a cell or, without a target, of a row's training."""
     argv = ["--model", args.model, *shared_flags(args)]
+    run, cells = str(Path(args.out, "runs", source)), str(Path(args.out, "cells", source))
     if target is None:
-        script, result = finetune, run / "run.json"
-        argv += ["--train", *source.split("+"), "--out", str(run), *args.finetune_args]
-    else:
-        script, result = evaluate, out / f"{target}.json"
-        argv += [] if source == ZERO else ["--adapter", str(run)]
-        argv += ["--test", target, "--out", str(out), *args.evaluate_args]
-    line = shlex.join(["python", os.path.relpath(script.__file__), *argv])
-    there = not args.overwrite and result.exists() and common.read_json(result).get("finished", True)
-    return Piece(script, argv, line, result, there)
+        return finetune, [*argv, "--train", *source.split("+"), "--out", run, *args.finetune_args]
+    if source != ZERO:
+        argv += ["--adapter", run]
+    return evaluate, [*argv, "--test", target, "--out", cells, *args.evaluate_args]
 
 
 def shared_flags(args):
     """The shared flags that are not at their defaults, as they were given."""
-    common.shared_arguments(parser := argparse.ArgumentParser())
-    usual = vars(parser.parse_args([]))
-    given = {"--" + key.replace("_", "-"): getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
-    return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, str(value)])]
+    parser = argparse.ArgumentParser()
+    common.shared_arguments(parser)
+    flags = []
+    for key, default in vars(parser.parse_args([])).items():
+        value = getattr(args, key)
+        if value != default:
+            flags.append("--" + key.replace("_", "-"))
+            if value is not True:
+                flags.append(str(value))
+    return flags
 
 
-def perform(this):
-    """Run a piece; returns whether it succeeded. Raises UserError where it is there, but made with other arguments."""
-    if this.there:  # its script will say
-        with contextlib.redirect_stdout(io.StringIO()) as heard, contextlib.redirect_stderr(heard):
-            if common.run(this.script.main, this.argv):
-                raise UserError(heard.getvalue().removeprefix("error: "))
-        return True
-    print(f"$ {this.line}", flush=True)
+def command_line(script, argv):
+    return shlex.join(["python", os.path.relpath(script.__file__), *argv])
+
+
+def is_cell(source_and_target):
+    return source_and_target[1] is not None
+
+
+def is_finished(script, argv):
+    """Whether what a command line makes is there. Raises UserError on a wrong argument or another output in its way."""
+    args = script.arguments(argv)
+    if script is finetune:
+        finetune.check_train(args)
+        return finetune.saved_state(args, finetune.job_of(args))[0] == "finished"
+    evaluate.check_tests(args)
+    target = args.test[0]
+    return evaluate.state_of(args, target, evaluate.job_of(args, target)) == "finished"
+
+
+def perform(script, argv):
+    """Run a command line; returns whether it succeeded."""
+    print(f"$ {command_line(script, argv)}", flush=True)
     try:
-        code = common.run(this.script.main, this.argv)
-    except Exception as error:  # whatever it is, say out of memory: the other cells are still worth having
-        code = say(f"error: {type(error).__name__}: {error}") or 1
+        code = common.run(script.main, argv)
+    except Exception as error:  # whatever it is, the other cells are still worth having
+        say(f"error: {type(error).__name__}: {error}")
+        code = 1
     if code == 130:  # Ctrl-C
         sys.exit(code)
     if code:
-        say(f"failed, left empty: {this.line}")
-    return not code
+        say(f"failed, left empty: {command_line(script, argv)}")
+    return code == 0
 
-# ----------------------------------------------------------------------------------------------------------- analysis
+# ------------------------------------------------------------------------------------------------------------- analysis
 
 
 def analyse(args, done):
-    """The matrix from the files of what is done, {(source, target): path}; that in OUT if it was made of just these."""
-    known = common.read_json(path) if (path := Path(args.out, "matrix.json")).exists() else {}
-    files = [Path(__file__), Path(common.__file__), *done.values(), *map(scores_of, done.values())]
-    made_of = f"{common.digest(vars(args), *(path.read_bytes() for path in files if path.exists())):016x}"
-    if known.get("made_of") == made_of:
-        return known
-    results = {key: common.read_json(path) for key, path in done.items()}
-    samples = {key: (result[args.metric], draw(args, key[1], result, done[key]))
-               for key, result in results.items() if key[1] and result[args.metric] is not None}
-    domains = {name: common.dataset(name).domain for name in [*args.targets, *"+".join(args.sources).split("+")]}
-    columns, rows = {**{t: [t] for t in args.targets}, "mean": args.targets}, []
-    for domain in dict.fromkeys(domains[t] for t in args.targets):
-        if len(several := [t for t in args.targets if domains[t] == domain]) > 1:
-            columns[f"mean of {domain}"] = several
+    """What matrix.json holds, from the results of the cells that are done, [(source, target)]."""
+    metas = common.check_datasets(args.targets, args.data, "test") if not args.evaluate_args else {}
+    domains = common.domains_of(metas)
+    rows, draws = [], {}
     for source in [ZERO, *args.sources]:
-        run, cells = results.get((source, None), {}), {}
-        train = run.get("train_chain", [] if source == ZERO else source.split("+"))
-        for column, targets in {**columns, "mean of unseen": [t for t in args.targets if t not in train]}.items():
-            here, zero = ([samples.get((row, t)) for t in targets] for row in (source, ZERO))
-            cell = cells[column] = estimate(here, [] if source == ZERO else zero)  # {} where empty
-            if cell and (result := results.get((source, column))):  # the interval as evaluate.py printed it
-                cell.update(setting=common.setting_of(train, column), value_ci=result["ci"][args.metric],
-                            **{key: result[key] for key in "n_users n_samples collapsed data_sha256".split()})
-        rows.append({"source": source, "train": train, "training": run, "cells": cells})
-    singles = {row["source"]: {t: row["cells"][t].get("value") for t in args.targets}
-               for row in rows if row["source"] in domains and any(row["cells"].values())}
-    marks = [row["cells"][t]["mark"] for row in rows for t in args.targets if row["cells"][t].get("gain_ci")]
-    return {"model": common.MODELS.get(args.model, args.model), "type": args.type, "metric": args.metric, "rows": rows,
-            "targets": args.targets, "domains": domains, "foresight": known.get("foresight"), "made_of": made_of,
-            "marks": {"compared": len(marks), "by_chance": len(marks) / 20, **{m: marks.count(m) for m in SIGN if m}},
-            "rra": {str(k): common.reciprocal_rank_average(singles, k) for k in args.k}}
+        run = {}
+        if source != ZERO and Path(args.out, "runs", source, "run.json").exists():
+            run = common.read_json(Path(args.out, "runs", source, "run.json"))
+        domains.update(run.get("domains", {}))
+        cells = {}
+        for target in args.targets:
+            if (source, target) in done:
+                cells[target], draws[source, target] = read_cell(args, source, target)
+                cells[target]["setting"] = common.setting_of(run.get("train_chain", []), target, domains)
+                compare_with_zero(cells[target], rows, draws, source, target)
+        cells["mean"] = mean_cell(cells, draws, source, args.targets)
+        rows.append({"source": source, "cells": cells, "training": training_of(run)})
+    gains = [cell for row in rows for name, cell in row["cells"].items() if name != "mean" and cell.get("gain_ci")]
+    marks = {"compared": len(gains), "by_chance": len(gains) / 20}
+    for mark in ("better", "worse"):
+        marks[mark] = sum(cell["mark"] == mark for cell in gains)
+    return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "targets": args.targets,
+            "domains": {name: domains.get(name) for name in [*args.targets, *args.sources]}, "rows": rows,
+            "marks": marks, "rra": rra(args, rows, draws), "joint_gain": joint_gain(rows, draws, args.targets)}
 
 
-def scores_of(path):
-    """The scores file beside a cell's result."""
-    return path.with_suffix(".scores.jsonl")
+def read_cell(args, source, target):
+    """(a cell's value and facts, its bootstrap draws) from the files of evaluate.py."""
+    cell_args = evaluate.arguments(command(args, source, target)[1])
+    result = common.read_json(evaluate.result_path(cell_args.out, target))
+    users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
+    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
+    # one seed per target: draws are paired within a column and independent between columns
+    draws = common.bootstrap(scored, [args.metric], seed=common.digest(args.seed, target))[args.metric]
+    cell = {"value": result[args.metric], "ci": result["ci"][args.metric], "gain": None, "gain_ci": None, "mark": ""}
+    for key in ("n_users", "n_samples", "collapsed", "data_sha256"):
+        cell[key] = result[key]
+    return cell, draws
 
 
-def draw(args, target, result, path):
-    """Bootstrap draws of a cell's metric. Seeded by target: paired within a column, independent between columns."""
-    seed = common.digest(args.seed, target)
-    arrays = evaluate.read_scores(scores_of(path), args.data, target, result["split"], result["n_users"])
-    return common.bootstrap(*arrays, [args.metric], seed=seed)[args.metric]
+def compare_with_zero(cell, rows, draws, source, target):
+    """Enter the difference from the zero-shot cell of the target, its paired interval and the mark."""
+    zero = rows[0]["cells"].get(target) if rows else None
+    if not zero or cell["value"] is None or zero["value"] is None:
+        return
+    cell["gain"] = cell["value"] - zero["value"]
+    cell["gain_ci"] = common.interval(draws[source, target] - draws[ZERO, target])
+    if cell["gain_ci"][0] > 0:
+        cell["mark"] = "better"
+    if cell["gain_ci"][1] < 0:
+        cell["mark"] = "worse"  # negative transfer
 
 
-def estimate(cells, zero):
-    """{value, value_ci, gain, gain_ci, mark} of the mean of cells [(value, draws)], {} if one is None. gain: difference
-    from `zero`, the zero-shot cells of the same users; mark: where its 95% interval, a paired one, excludes zero."""
-    if not cells or None in cells:
+def mean_cell(cells, draws, source, targets):
+    """The mean over all targets as a cell; {} where one is missing or undefined."""
+    if any(cells.get(target, {}).get("value") is None for target in targets):
         return {}
-    value, draws = (np.mean(column, 0) for column in zip(*cells))
-    entry = {"value": float(value), "value_ci": common.interval(draws), "gain": None, "gain_ci": None, "mark": ""}
-    if zero and None not in zero:
-        base, base_draws = (np.mean(column, 0) for column in zip(*zero))
-        low, high = entry["gain_ci"] = common.interval(draws - base_draws)
-        entry.update(gain=float(value - base), mark="better" if low > 0 else "worse" if high < 0 else "")
-    return entry
+    values = [cells[target]["value"] for target in targets]
+    sampled = [draws[source, target] for target in targets]
+    return {"value": float(np.mean(values)), "ci": common.interval(np.mean(sampled, axis=0)), "gain": None, "mark": ""}
 
 
-def foresight(args, matrix):
-    """Does likeness go with the gain over zero-shot? Pairs of single source and other target, rank correlations."""
-    names, before, matrix["foresight"] = list(matrix["domains"]), matrix["foresight"] or {}, None
-    of = [args.model, common.fingerprint(args.model), args.pooling, args.dtype, args.max_length, args.chat_template,
-          common.load_prompt(args.prompt), {name: common.read_meta(args.data, name)["sha256"] for name in names}]
-    alike = before["alike"] if before.get("of") == of else likeness(args, names)
-    pairs = [{"source": row["source"], "target": t, "gain": row["cells"][t]["gain"], **alike[f"{row['source']} {t}"]}
-             for row in matrix["rows"] for t in matrix["targets"]
-             if f"{row['source']} {t}" in alike and row["cells"][t].get("gain_ci")]
-    rho = {key: rank_correlation([[pair[key], pair["gain"]] for pair in pairs]) for key in ("cosine", "overlap")}
-    return {"of": of, "alike": alike, "pairs": pairs, **rho}
+def training_of(run):
+    """What a row of the matrix tells about its training."""
+    keys = ("train_chain", "valid_chain", "steps", "samples", "seconds", "unstable", "beats_base")
+    return {key: run[key] for key in keys if key in run}
 
 
-def likeness(args, names):
-    """{"a b": {cosine: of mean item embeddings under the base model, overlap: Jaccard index of the texts' words}}."""
-    scorer, mean, w = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"})), {}, {}
-    for name in names:
-        items, _ = common.read_items(args.data, name)
-        texts = [items[i] for i in sorted(items, key=lambda item: common.digest(name, item))[:1000]]  # as good as all
-        mean[name] = np.mean(common.embed_all(scorer, common.embedding_tokens(scorer, [], texts)[0]), 0)
-        w[name] = set(re.findall(r"\w+", " ".join(items.values()).lower()))
-        if not np.isfinite(mean[name]).all():
-            raise UserError(f"NaN or infinite embeddings on {name}; try --dtype float32")
-    return {f"{a} {b}": {"cosine": common.cosine(mean[a], mean[b]), "overlap": len(w[a] & w[b]) / len(w[a] | w[b])}
-            for a in names for b in names if a != b}
+def rra(args, rows, draws):
+    """{K: {single source: [RRA@K, its 95% interval]}}, the interval from the cells' draws."""
+    singles = [row for row in rows if "+" not in row["source"] and row["source"] != ZERO]
+    values, sampled = {}, [{} for _ in range(1000)]  # {source: {target: metric}}, as it is and in every draw
+    for row in singles:
+        source = row["source"]
+        values[source] = {target: row["cells"].get(target, {}).get("value") for target in args.targets}
+        for i, table in enumerate(sampled):
+            table[source] = {}
+            for target in args.targets:
+                value = draws[source, target][i] if (source, target) in draws else math.nan
+                table[source][target] = None if math.isnan(value) else value
+    result = {}
+    for k in args.k:
+        averages = common.reciprocal_rank_average(values, k)
+        drawn = [common.reciprocal_rank_average(table, k) for table in sampled]
+        result[str(k)] = {}
+        for source, average in averages.items():
+            of_source = np.array([one[source] for one in drawn], float)  # None becomes NaN, which is left out
+            result[str(k)][source] = [average, common.interval(of_source)]
+    return result
 
 
-def rank_correlation(pairs):
-    """Spearman's: the correlation of ranks, ties at their average rank; None below 3 pairs or without spread."""
-    ranks = [[sum(y < x for y in col) + sum(y == x for y in col) / 2 for x in col] for col in zip(*pairs)]
-    return float(np.corrcoef(*ranks)[0, 1]) if len(pairs) > 2 and all(map(np.ptp, ranks)) else None
+def joint_gain(rows, draws, targets):
+    """H - G: what a target's own data adds to joint training, the mean over targets that have cells of both; or None."""
+    used, values, sampled = [], [], []
+    for target in targets:
+        by_letter = {"G": [], "H": []}
+        for row in rows:
+            cell = row["cells"].get(target, {})
+            if cell.get("setting") in by_letter and cell["value"] is not None:
+                by_letter[cell["setting"]].append((cell["value"], draws[row["source"], target]))
+        if by_letter["G"] and by_letter["H"]:
+            (g, g_draws), (h, h_draws) = mean_pair(by_letter["G"]), mean_pair(by_letter["H"])
+            used.append(target)
+            values.append(h - g)
+            sampled.append(h_draws - g_draws)
+    if not used:
+        return None
+    return {"targets": used, "value": float(np.mean(values)), "ci": common.interval(np.mean(sampled, axis=0))}
 
-# ------------------------------------------------------------------------------------------------------------- tables
+
+def mean_pair(cells):
+    """The means of values and of draws of cells, [(value, draws)]."""
+    return np.mean([value for value, _ in cells]), np.mean([draws for _, draws in cells], axis=0)
 
 
-def redraw(folder):
-    """matrix.csv, .md and .svg from matrix.json alone; prints the tables."""
-    matrix = common.read_json(Path(folder, "matrix.json"))
-    for kind, form in (("csv", comma_separated), ("md", markdown), ("svg", draw_svg)):
-        common.write_atomically(Path(folder, f"matrix.{kind}"), form(matrix))
-    print(f"\n{markdown(matrix)}\n{folder}: matrix.json, matrix.csv, matrix.md, matrix.svg")
+def similarity(args, matrix):
+    """Does similarity go with transfer? Cosine of the datasets' mean item embeddings against the gain, over pairs of a
+    single source and another target: {"pairs": ..., "rank_correlation": Spearman's, None where it is undefined}."""
+    scorer = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
+    pairs, means = [], {}
+    for row in matrix["rows"]:
+        source = row["source"]
+        for target in args.targets:
+            gain = row["cells"].get(target, {}).get("gain")
+            if gain is None or "+" in source or source == target:
+                continue
+            for name in (source, target):
+                if name not in means:
+                    texts = list(common.read_items(args.data, name).values())[:500]
+                    vectors = common.embed_ids(scorer, common.encode_items(scorer, [text[:512] for text in texts]))
+                    mean = np.mean(vectors, axis=0)
+                    means[name] = mean / np.linalg.norm(mean)
+            cosine = float(means[source] @ means[target])
+            pairs.append({"source": source, "target": target, "cosine": cosine, "gain": gain})
+    cosines = np.array([pair["cosine"] for pair in pairs])
+    gains = np.array([pair["gain"] for pair in pairs])
+    return {"pairs": pairs, "rank_correlation": rank_correlation(cosines, gains)}
+
+
+def rank_correlation(a, b):
+    """Spearman's: the correlation of ranks, ties at their average rank. None below 3 pairs or without spread."""
+    if len(a) < 3 or not np.isfinite(a).all() or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    ranks = []
+    for values in (a, b):
+        ranks.append([(values < value).sum() + (values == value).sum() / 2 for value in values])
+    return float(np.corrcoef(ranks)[0, 1])
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def show(value, interval, form=".3f"):
+    """A value with its interval; "" where there is none."""
+    if value is None or interval is None:
+        return ""
+    return f"{value:{form}} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def markdown(matrix):
     """The matrix as three tables (the metric; differences from zero-shot; RRA and training) and notes."""
-    rows, rra = matrix["rows"], matrix["rra"]
-    show = lambda c, key, form: "" if c.get(key) is None else "{} {:{}} [{:.3f}, {:.3f}] {}".format(
-        c.get("setting", ""), c[key], form, *c[f"{key}_ci"], SIGN[c["mark"]]).strip()
-    line = lambda row, *how: [row["source"], *(show(c, *how) for c in row["cells"].values())]
-    tables = [[[f"{matrix['metric']}, trained on", *rows[0]["cells"]], *(line(row, "value", ".3f") for row in rows)],
-              [["difference from zero-shot", *rows[0]["cells"]], *(line(row, "gain", "+.3f") for row in rows[1:])],
-              [["trained on", *(f"RRA@{k}" for k in rra), "steps", "samples"]]]
-    for row in rows[1:]:
-        ranks = [rra[k].get(row["source"]) for k in rra]
-        tables[2].append([row["source"], *("" if rank is None else f"{rank:.3f}" for rank in ranks),
-                          *(str(row["training"].get(key, "")) for key in ("steps", "samples"))])
-    title = f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"
-    return "\n\n".join([title, *map(common.markdown_table, tables),
-                        "\n".join(f"- {note}" for note in notes(matrix))]) + "\n"
+    columns = [*matrix["targets"], "mean"]
+    values = [[f"{matrix['metric']}, trained on", *columns]]
+    gains = [["difference from zero-shot", *matrix["targets"]]]
+    trainings = [["trained on", *(f"RRA@{k}" for k in matrix["rra"]), "steps", "samples"]]
+    for row in matrix["rows"]:
+        line, gain_line = [row["source"]], [row["source"]]
+        for column in columns:
+            cell = row["cells"].get(column, {})
+            text = show(cell.get("value"), cell.get("ci"))
+            line.append(f"{cell.get('setting', '')} {text} {SIGNS[cell.get('mark', '')]}".strip())
+            if column != "mean":
+                gain_line.append(show(cell.get("gain"), cell.get("gain_ci"), "+.3f"))
+        values.append(line)
+        if row["source"] != ZERO:
+            gains.append(gain_line)
+            ranks = [show(*matrix["rra"][k].get(row["source"], [None, None])) for k in matrix["rra"]]
+            training = [str(row["training"].get(key, "")) for key in ("steps", "samples")]
+            trainings.append([row["source"], *ranks, *training])
+    parts = [f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"]
+    parts += [common.markdown_table(table) for table in (values, gains, trainings)]
+    parts.append("\n".join(f"- {note}" for note in notes(matrix)))
+    return "\n\n".join(parts) + "\n"
 
 
 def notes(matrix):
     """What has to be said under the tables."""
-    rows, marks, fore = matrix["rows"], matrix["marks"], matrix["foresight"] or {"pairs": []}
-    rho = lambda key: "undefined" if fore.get(key) is None else f"{fore[key]:+.2f}"
-    warnings = {
-        "Zero-shot collapse, scores as good as chance": [t for t, c in rows[0]["cells"].items() if c.get("collapsed")],
-        "Unstable training, validation fell by over 0.05": [r["source"] for r in rows if r["training"].get("unstable")],
-        "Validated on other sets": [r["source"] for r in rows
-                                    if {*r["training"].get("valid_chain", [])} - {*r["train"]}],
-        "Failed": matrix["failed"],
-        "Without a cell, so not ranked in RRA@K, where others move up":
-            [row["source"] for row in rows[1:] if "+" not in row["source"] and not any(row["cells"].values())]}
-    return [
-        "▲ better, ▼ worse (negative transfer): 95% interval of the paired difference without 0. Of {compared} cells "
-        "{better} are ▲, {worse} ▼; if nothing differed, chance would mark {by_chance:.1f} (5%).".format(**marks),
-        "The intervals cover the choice of users, not the luck of a training run.",
-        "Unseen: targets not trained on. RRA@K: mean over targets of 1 / rank among single sources, 0 after K.",
-        f"Rank correlation with the difference from zero-shot, over {len(fore['pairs'])} pairs of source and target: "
-        f"cosine of mean item embeddings {rho('cosine')}, vocabulary overlap {rho('overlap')}.",
-        *(f"{what}: {', '.join(names)}." for what, names in warnings.items() if names)]
+    marks, joint = matrix["marks"], matrix["joint_gain"]
+    lines = [
+        f"▲ better, ▼ worse than zero-shot (negative transfer): the 95% interval of the paired difference excludes 0. "
+        f"Of {marks['compared']} cells {marks['better']} are ▲ and {marks['worse']} ▼; if nothing differed, chance alone "
+        f"would mark {marks['by_chance']:.1f} (5%).",
+        "Intervals are 95% bootstrap intervals: they cover the choice of users, not the luck of a training run.",
+        "RRA@K ranks the single sources and says nothing of harm: the first of two that are worse than zero-shot gets 1.",
+        "H - G, what a target's own data adds to joint training: no target has cells of both settings."]
+    if joint:
+        lines[-1] = (f"H - G, what a target's own data adds to joint training, mean over {', '.join(joint['targets'])}: "
+                     f"{show(joint['value'], joint['ci'], '+.3f')}.")
+    if matrix.get("similarity"):
+        rho = matrix["similarity"]["rank_correlation"]
+        lines.append(f"Rank correlation of the similarity of source and target (cosine of mean item embeddings) with the "
+                     f"difference from zero-shot, over {len(matrix['similarity']['pairs'])} pairs: "
+                     + ("undefined." if rho is None else f"{rho:+.2f}."))
+    collapsed = [target for target, cell in matrix["rows"][0]["cells"].items() if cell.get("collapsed")]
+    warnings = {"Zero-shot collapse, scores as good as chance": collapsed, "Unstable training": [],
+                "Never better than the base model on validation users": [], "Validated on other sets": []}
+    for row in matrix["rows"][1:]:
+        training = row["training"]
+        if training.get("unstable"):
+            warnings["Unstable training"].append(row["source"])
+        if not training.get("beats_base", True):
+            warnings["Never better than the base model on validation users"].append(row["source"])
+        if set(training.get("valid_chain", [])) - set(training.get("train_chain", [])):
+            warnings["Validated on other sets"].append(row["source"])
+    warnings["Failed"] = matrix["failed"]
+    return lines + [f"{what}: {', '.join(names)}." for what, names in warnings.items() if names]
 
 
 def comma_separated(matrix):
-    """A line a cell, means included, for a spreadsheet."""
-    head = "source target domain setting {} low high gain gain_low gain_high mark users steps samples"
-    lines = [head.format(matrix["metric"]).split(), *([
-        row["source"], t, matrix["domains"].get(t), c.get("setting"), c["value"], *c["value_ci"], c["gain"],
-        *(c["gain_ci"] or ["", ""]), c["mark"], c.get("n_users"), *map(row["training"].get, ("steps", "samples"))]
-        for row in matrix["rows"] for t, c in row["cells"].items() if c)]
-    return "".join(",".join("" if x is None else str(x) for x in line) + "\n" for line in lines)
+    """A line per cell, for a spreadsheet."""
+    head = ["source", "target", "setting", matrix["metric"], "low", "high", "gain", "gain_low", "gain_high", "mark"]
+    lines = [head + ["n_users", "n_samples"]]
+    for row in matrix["rows"]:
+        for target in matrix["targets"]:
+            cell = row["cells"].get(target)
+            if cell:
+                low, high = cell["ci"] or ["", ""]
+                gain_low, gain_high = cell["gain_ci"] or ["", ""]
+                lines.append([row["source"], target, cell["setting"], cell["value"], low, high, cell["gain"], gain_low,
+                              gain_high, cell["mark"], cell["n_users"], cell["n_samples"]])
+    return "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines)
 
 
 def compare(folders):
-    """One table over several matrices: models by setting, and what joint training with the target adds (H - G)."""
+    """One table over several matrices: the mean over targets by setting, of the cells that every matrix has."""
     matrices = [common.read_json(Path(folder, "matrix.json")) for folder in folders]
-    if len(metrics := {matrix["metric"] for matrix in matrices}) > 1:
-        raise UserError(f"the matrices hold different metrics: {', '.join(sorted(metrics))}")
-    cell = lambda m, source, t: next((row["cells"].get(t) or {} for row in m["rows"] if row["source"] == source), {})
-    sources, targets = [row["source"] for row in matrices[0]["rows"]], matrices[0]["targets"]
-    for t in targets:
-        cells = [row["cells"][t] for m in matrices for row in m["rows"] if row["cells"].get(t)]
-        if len({(c["data_sha256"], c["n_users"]) for c in cells}) > 1:
-            raise UserError(f"the matrices were tested on different users of {t}")
-    alike = lambda letter, t: [s for s in sources if all(cell(m, s, t).get("setting") == letter for m in matrices)]
-    have = {letter: {t: found for t in targets if (found := alike(letter, t))} for letter in common.SETTINGS}
-    mean = lambda m, letter, names: np.mean([np.mean([cell(m, s, t)["value"] for s in have[letter][t]]) for t in names])
-    targets, both = {letter: names for letter, names in have.items() if names}, [t for t in have["G"] if t in have["H"]]
-    lines = [[*metrics, *(f"{letter} ({len(names)})" for letter, names in targets.items()), f"H - G ({len(both)})"]]
-    for folder, m in zip(folders, matrices):
-        gap = f"{mean(m, 'H', both) - mean(m, 'G', both):+.3f}" if both else ""
-        means = [f"{mean(m, letter, names):.3f}" for letter, names in targets.items()]
-        lines.append([f"{m['model']}, {m['type']} ({folder})", *means, gap])
-    return "\n".join([common.markdown_table(lines), *(f"- {letter}: {common.SETTINGS[letter]}" for letter in targets),
-                      "- Means over the targets with cells of the letter (in brackets: how many; H - G: of both),",
-                      "  of sources that every matrix has."])
+    common_cells = None
+    for matrix in matrices:
+        cells = {}  # what two matrices must agree on, to be compared
+        for row in matrix["rows"]:
+            for target in matrix["targets"]:
+                if row["cells"].get(target):
+                    cell = row["cells"][target]
+                    facts = (matrix["metric"], cell["setting"], cell["data_sha256"], cell["n_users"])
+                    cells[row["source"], target] = facts
+        common_cells = set(cells.items()) if common_cells is None else common_cells & set(cells.items())
+    letters = sorted({facts[1] for _, facts in common_cells})
+    if not letters:
+        raise UserError("the matrices share no cell: other metrics, sources, targets or test users")
+    table = [[matrices[0]["metric"], *letters, "H - G"]]
+    for folder, matrix in zip(folders, matrices):
+        by_source = {row["source"]: row["cells"] for row in matrix["rows"]}
+        line = [f"{matrix['model']}, {matrix['type']} ({folder})"]
+        for letter in letters:
+            values = [by_source[source][target]["value"] for (source, target), facts in common_cells if facts[1] == letter]
+            line.append(f"{np.mean(values):.3f} ({len(values)})")
+        joint = matrix["joint_gain"]
+        table.append([*line, show(joint["value"], joint["ci"], "+.3f") if joint else ""])
+    meanings = [f"- {letter}: {common.SETTINGS[letter]}" for letter in letters]
+    return "\n".join([common.markdown_table(table), *meanings, "- In brackets: the number of cells of the mean."])
 
-# ------------------------------------------------------------------------------------------------------------ picture
+# -------------------------------------------------------------------------------------------------------------- picture
 
-WIDTH, HEIGHT, GAP, LEFT, TOP = 92, 60, 14, 196, 142  # of a cell; between groups; where the cells begin
-INK, GREY, NEUTRAL, BLUE, ORANGE = "#1f2328", "#59636e", (244, 244, 242), (24, 88, 160), (160, 58, 0)
+WIDTH, HEIGHT, LEFT, TOP = 92, 60, 190, 120  # of a cell; where the cells begin
+INK, GREY = "#1f2328", "#59636e"
+WHITE, BLUE, ORANGE = (244, 244, 242), (24, 88, 160), (160, 58, 0)  # told apart with any colour vision
 
 
 def draw_svg(matrix):
-    """The matrix as a heat map on a white card (SVG text): blue better, orange worse than zero-shot."""
-    rows, columns, domains = matrix["rows"], [*matrix["targets"], "mean"], matrix["domains"]
-    xs = places([domains.get(target) for target in columns], WIDTH, LEFT)
-    ys = places([domains.get(row["source"], "+" in row["source"]) for row in rows], HEIGHT, TOP)
-    limit = max([0.05, *(abs(row["cells"][t].get("gain") or 0) for row in rows for t in columns)])  # darkest colour
-    width, bottom = max(xs[-1] + WIDTH, LEFT + 490) + 28, ys[-1] + HEIGHT
-    out = [label(24, 38, f"Transfer matrix: {matrix['metric'].upper()}, {matrix['model'][-48:]}", 19, "start", "bold"),
-           label(24, 60, f"{matrix['type']}-based scores; small: difference from zero-shot", 12.5, "start", fill=GREY),
-           label((LEFT + xs[-2] + WIDTH) / 2, 92, "tested on", 13, fill=GREY),
-           label(-(TOP + bottom) / 2, 28, "trained on", 13, fill=GREY, turn=-90)]
-    for x, target in zip(xs, columns):
-        out += [label(x + WIDTH / 2, TOP - 26, target, 13, weight="bold"),
-                label(x + WIDTH / 2, TOP - 10, domains.get(target, ""), 11.5, fill=GREY)]
-    for y, row in zip(ys, rows):
-        source, domain = row["source"], domains.get(row["source"])
-        names = textwrap.wrap(source.replace("+", " + "), 22, max_lines=4, placeholder=" ...") + [domain] * bool(domain)
-        for i, name in enumerate(names):
-            look = (11.5, "end", "normal", GREY) if i and domain else (11.5 if "+" in source else 13, "end", "bold")
-            out.append(label(LEFT - 12, y + HEIGHT / 2 + 12 + 14 * (i - len(names) / 2), name, *look))
-        out += [part for x, target in zip(xs, columns) for part in draw_cell(x, y, row["cells"][target], limit)]
-    legend, height = draw_legend(matrix, limit, bottom + 30)
-    size = f'width="{width}" height="{height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}" font-family="sans-serif">'
-    svg = "\n".join([head, f'<rect {size} rx="10" fill="#ffffff"/>', *out, *legend, "</svg>\n"])
-    return re.sub(r"[^\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", svg)  # XML allows no other characters
+    """The matrix as a heat map (SVG text): blue better, orange worse than zero-shot, the darker the more."""
+    rows, columns = matrix["rows"], [*matrix["targets"], "mean"]
+    width, bottom = LEFT + WIDTH * len(columns) + 20, TOP + HEIGHT * len(rows)
+    limit = 0.05  # the difference with the darkest colour
+    for row in rows:
+        for cell in row["cells"].values():
+            limit = max(limit, abs(cell.get("gain") or 0))
+    parts = [text(20, 34, f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based", 18, "start"),
+             text(20, 56, "Row: trained on. Column: tested on. Small: setting, difference from zero-shot.", 12, "start")]
+    for i, target in enumerate(columns):
+        x = LEFT + WIDTH * (i + 0.5)
+        parts.append(text(x, TOP - 24, target, 13))
+        parts.append(text(x, TOP - 8, matrix["domains"].get(target) or "", 11, fill=GREY))
+    for j, row in enumerate(rows):
+        y = TOP + HEIGHT * j
+        for n, name in enumerate(row["source"].split("+")[:4]):
+            parts.append(text(LEFT - 10, y + HEIGHT / 2 + 5 + 14 * n, name if n == 0 else f"+ {name}", 12, "end"))
+        for i, target in enumerate(columns):
+            parts += draw_cell(LEFT + WIDTH * i, y, row["cells"].get(target), limit)
+    marks = matrix["marks"]
+    legend = [f"▲ better than zero-shot: {marks['better']} of {marks['compared']}; ▼ worse (negative transfer): "
+              f"{marks['worse']}; by chance alone: {marks['by_chance']:.1f}",
+              "Marked where the 95% interval of the paired difference excludes 0.",
+              "Intervals cover the choice of users, not the luck of a training run."]
+    for n, line in enumerate(legend):
+        parts.append(text(20, bottom + 28 + 18 * n, line, 12, "start"))
+    size = f'width="{width}" height="{bottom + 28 + 18 * len(legend)}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">',
+                      f'<rect {size} fill="#ffffff"/>', *parts, "</svg>\n"])
 
 
 def draw_cell(x, y, cell, limit):
-    """SVG lines of a cell: value, setting's letter, difference from zero-shot, a triangle where it is marked."""
-    box = f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="5" '
+    """SVG lines of a cell: setting, mark, value, difference from zero-shot."""
+    box = f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="4" '
     if not cell:
-        return [box + 'fill="none" stroke="#818b98" stroke-dasharray="4"/>', label(x + WIDTH / 2, y + 35, "empty", 12)]
-    shade = (cell["gain"] or 0) / limit
-    ink = "#ffffff" if abs(shade) > 0.75 else "#000000"  # whichever has the better contrast
-    gain = "" if cell["gain"] is None else f"{cell['gain']:+.3f}".replace("-", "\u2212")
-    texts = [(8, 17, cell.get("setting", ""), 11.5, "start"), (WIDTH - 8, 17, SIGN[cell["mark"]], 11.5, "end"),
-             (WIDTH / 2, 36, f"{cell['value']:.3f}", 17.5, "middle", "bold"), (WIDTH / 2, 52, gain, 11.5)]
-    return [f'{box}fill="{colour(shade)}"/>', *(label(x + dx, y + dy, *how, fill=ink) for dx, dy, *how in texts)]
+        return [box + f'fill="none" stroke="{GREY}" stroke-dasharray="4"/>']
+    gain = cell.get("gain") or 0
+    end, share = BLUE if gain > 0 else ORANGE, abs(gain) / limit
+    colour = "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(WHITE, end))
+    ink = "#ffffff" if share > 0.6 else INK
+    value = "-" if cell["value"] is None else f"{cell['value']:.3f}"
+    shown_gain = "" if cell.get("gain") is None else f"{cell['gain']:+.3f}"
+    return [box + f'fill="{colour}"/>', text(x + 8, y + 17, cell.get("setting", ""), 11, "start", ink),
+            text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end", ink),
+            text(x + WIDTH / 2, y + 37, value, 17, fill=ink), text(x + WIDTH / 2, y + 53, shown_gain, 11, fill=ink)]
 
 
-def draw_legend(matrix, limit, y):
-    """SVG lines of the legend under the cells, from height y, and where it ends."""
-    marks, letters = matrix["marks"], {c.get("setting") for row in matrix["rows"] for c in row["cells"].values()}
-    out = [f'<rect x="{LEFT + 18 * i}" y="{y}" width="19" height="14" fill="{colour(i / 5 - 1)}"/>' for i in range(11)]
-    scale = [f"\u2212{limit:.2f}", "zero-shot", f"+{limit:.2f}"]
-    beside = ["▲ better than zero-shot: {better} of {compared}", "▼ worse (negative transfer): {worse} of {compared}",
-              "where the 95% interval excludes zero; by chance: {by_chance:.1f}"]
-    below = [*(f"{letter}: {meaning}" for letter, meaning in common.SETTINGS.items() if letter in letters),
-             "Intervals cover the choice of users, not the luck of a training run."]
-    out += [label(LEFT + 99 * i, y + 29, words, 11.5) for i, words in enumerate(scale)]
-    out += [label(LEFT + 240, y + 10 + 17 * i, words.format(**marks), 11.5, "start") for i, words in enumerate(beside)]
-    out += [label(LEFT, y + 72 + 17 * i, words, 11.5, "start") for i, words in enumerate(below)]
-    return out, y + 76 + 17 * len(below)
-
-
-def places(groups, size, start):
-    """Where things of one size begin that stand in a row, with a gap between groups."""
-    return [start + i * size + GAP * sum(a != b for a, b in zip(groups[:i], groups[1:])) for i in range(len(groups))]
-
-
-def colour(shade):
-    """From orange (-1) over nearly white (0) to blue (1): told apart with any colour vision."""
-    end, weight = BLUE if shade > 0 else ORANGE, abs(shade) ** 0.8
-    return "#" + "".join(f"{round(a + (b - a) * weight):02x}" for a, b in zip(NEUTRAL, end))
-
-
-def label(x, y, words, size, anchor="middle", weight="normal", fill=INK, turn=0):
-    """A line of text."""
-    return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}" '
-            f'transform="rotate({turn})">{html.escape(words)}</text>')
+def text(x, y, words, size, anchor="middle", fill=INK):
+    """A line of text in SVG; what XML does not allow becomes "?"."""
+    words = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">'
+            f'{html.escape(words)}</text>')
 
 
 if __name__ == "__main__":
