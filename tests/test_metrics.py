@@ -12,8 +12,18 @@ import pytest
 import common
 
 pytestmark = pytest.mark.filterwarnings("error")  # no warning of numpy's either
-RANKED = list(common.METRICS)  # everything but auc and logloss
-CUTS = [(name, k) for name in ("ndcg", "recall", "hit") for k in (2, 3, 4)]  # cut-offs beyond those that are reported
+PER_USER = [name for name in common.METRIC_NAMES if name != "auc"]
+
+
+def metrics_of(scores, labels):
+    """{metric: value} of one user, cut-offs beyond those that are reported included."""
+    scores, labels = np.array(scores, float), np.array(labels)
+    values = common.user_metrics(scores, labels)
+    for k in (2, 3, 4):
+        values[f"ndcg@{k}"] = common.ndcg(scores, labels, k)
+        values[f"hit@{k}"] = common.hit(scores, labels, k)
+    return values
+
 
 # ---------------------------------------------------------------------------------------- definitions, and nothing else
 
@@ -25,12 +35,12 @@ def definitions(ranked):
     negatives = [rank for rank, label in enumerate(ranked, 1) if not label]
     if not positives:
         return {}
-    dcg = lambda ranks, k: sum(1 / math.log2(rank + 1) for rank in ranks if rank <= k)
-    values = {"mrr": 1 / positives[0],
-              "lrap": fmean(sum(other <= rank for other in positives) / rank for rank in positives)}
+
+    def dcg(ranks, k):
+        return sum(1 / math.log2(rank + 1) for rank in ranks if rank <= k)
+    values = {"mrr": 1 / positives[0]}
     for k in (1, 2, 3, 4, 5, 10):
         values[f"ndcg@{k}"] = dcg(positives, k) / dcg(range(1, len(positives) + 1), k)
-        values[f"recall@{k}"] = sum(rank <= k for rank in positives) / len(positives)
         values[f"hit@{k}"] = float(any(rank <= k for rank in positives))
     if negatives:
         values["group_auc"] = fmean(p < n for p in positives for n in negatives)
@@ -48,9 +58,12 @@ def brute_force(scores, labels):
     results = [definitions(tuple(labels[i] for i in order)) for order in orders_of(scores)]
     expected = {name: fmean(result[name] for result in results) for name in results[0]}
     if expected:
-        not_below = [[label for other, label in zip(scores, labels) if other >= score]
-                     for score, own in zip(scores, labels) if own]
-        expected["lrap"] = fmean(sum(group) / len(group) for group in not_below)
+        precisions = []
+        for score, own in zip(scores, labels):
+            if own:
+                as_high = [label for other, label in zip(scores, labels) if other >= score]
+                precisions.append(sum(as_high) / len(as_high))
+        expected["lrap"] = fmean(precisions)
     return expected
 
 
@@ -66,82 +79,62 @@ def weak_orderings(n):
     return [scores for scores in itertools.product(range(n), repeat=n) if len(set(scores)) == max(scores) + 1]
 
 
-def flat(cases):
-    """Cases [(scores, labels)], one a user, as arrays (samples,): scores, labels, users."""
-    scores, labels = (np.array([x for case in cases for x in case[i]], float) for i in (0, 1))
-    return scores, labels.astype(int), np.repeat(np.arange(len(cases)), [len(case[0]) for case in cases])
+def users_of(cases):
+    """[(scores, labels)] as arrays."""
+    return [(np.array(scores, float), np.array(labels)) for scores, labels in cases]
 
 
-def random_case(seed=0, users=60, most=25, grid=2):
-    """Scores with ties (multiples of 1/grid), labels and users (in random order, some of one class only)."""
+def random_users(seed=0, users=60, most=25, grid=2):
+    """Users whose scores tie (multiples of 1/grid), some of one class only."""
     rng = np.random.default_rng(seed)
-    user = rng.permutation(np.repeat(np.arange(users), rng.integers(1, most + 1, users)))
-    labels = (rng.random(len(user)) < 0.2).astype(int)
-    return np.round(grid * (rng.normal(size=len(user)) + labels)) / grid, labels, user
+    cases = []
+    for size in rng.integers(1, most + 1, users):
+        labels = (rng.random(size) < 0.2).astype(int)
+        cases.append((np.round(grid * (rng.normal(size=size) + labels)) / grid, labels))
+    return cases
 
 
 # ---------------------------------------------------------------------------------------------------------- brute force
 
 
 def test_every_labelling_and_every_pattern_of_ties_of_up_to_six_candidates():
-    cases = [(scores, labels) for n in range(1, 7) for scores in weak_orderings(n)
-             for labels in itertools.product((0, 1), repeat=n)]
-    assert len(cases) == sum(2**n * patterns for n, patterns in zip(range(1, 7), (1, 3, 13, 75, 541, 4683)))  # A000670
-    # the definitions ignore the order in which candidates are listed: one computation for all cases that share this key
-    keys = [tuple(sorted(zip(*case))) for case in cases]
-    wanted = {key: brute_force(*zip(*key)) for key in set(keys)}
-    scores, labels, users = flat(cases)
-    shuffle = np.random.default_rng(0).permutation(len(scores))
-    r = common.rank_candidates(scores[shuffle], labels[shuffle], users[shuffle])
-    results = {name: metric(r) for name, metric in common.METRICS.items()}
-    results.update({f"{name}@{k}": getattr(common, name)(r, k) for name, k in CUTS})
-    for name, values in results.items():
-        expected = {key: value.get(name, np.nan) for key, value in wanted.items()}
-        np.testing.assert_allclose(values, [expected[key] for key in keys], rtol=1e-12, err_msg=name)
+    cases = set()  # the definitions ignore the order in which candidates are listed
+    for n in range(1, 7):
+        for scores in weak_orderings(n):
+            for labels in itertools.product((0, 1), repeat=n):
+                cases.add(tuple(sorted(zip(scores, labels))))
+    assert len(cases) == 2 + 7 + 24 + 82 + 280 + 956  # for 1 to 6 candidates: series of (2x - x^2) / (1 - 4x + 2x^2)
+    for case in cases:
+        scores, labels = zip(*case)
+        wanted = brute_force(scores, labels)
+        for name, value in metrics_of(scores, labels).items():
+            assert value == pytest.approx(wanted.get(name, math.nan), rel=1e-12, nan_ok=True), (name, case)
 
 
 @pytest.mark.parametrize("grid", [1, 4, 1e9])
 def test_auc_counts_pairs_over_all_samples(grid):
-    scores, labels, _ = random_case(1, grid=grid)
+    users = random_users(1, grid=grid)
+    scores, labels = np.concatenate([user[0] for user in users]), np.concatenate([user[1] for user in users])
     assert common.auc(scores, labels) == pytest.approx(pairs_auc(scores, labels), rel=1e-12)
-    assert common.metric("auc", scores, labels, np.arange(len(scores))) == common.auc(scores, labels)
+    assert common.mean_metric("auc", users) == common.auc(scores, labels)
 
 
-def loop(scores, labels, users):
-    """All metrics in plain Python, user by user: {metric: values (users,)}, and auc. No ties."""
-    samples = {}
-    for score, label, user in zip(scores.tolist(), labels.tolist(), users.tolist()):
-        samples.setdefault(user, []).append((score, label))
-    rows = []
-    for _, own in sorted(samples.items()):
-        loss = fmean(math.log1p(math.exp(-score if label else score)) for score, label in own)
-        rows.append({**definitions(tuple(label for _, label in sorted(own, reverse=True))), "logloss": loss})
-    order = sorted(range(len(scores)), key=lambda i: scores[i])
-    ranks = [rank for rank, i in enumerate(order, 1) if labels[i]]
-    auc = (sum(ranks) - len(ranks) * (len(ranks) + 1) / 2) / (len(ranks) * (len(scores) - len(ranks)))
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in [*RANKED, "logloss"]}, auc
+@pytest.mark.parametrize("grid", [1, 1e9])
+def test_the_auc_of_a_draw_is_the_plain_auc_of_the_drawn_users(grid):
+    users = random_users(2, grid=grid)
+    times = np.random.default_rng(0).integers(0, 3, len(users))
+    drawn = []
+    for user, count in zip(users, times):
+        drawn += [user] * count
+    assert common.weighted_auc(*common.sort_samples(users), times) == pytest.approx(common.auc_over_all(drawn), rel=1e-12)
 
 
-def test_twenty_thousand_samples_equal_the_loop_over_users_and_take_a_fraction_of_its_time():
+def test_twenty_thousand_samples_take_some_seconds_at_most():
     rng = np.random.default_rng(0)
-    users = rng.permutation(np.repeat(np.arange(2000), 10))
-    labels, scores = rng.integers(0, 2, 20000), rng.normal(size=20000)
-    plain, plain_auc = loop(scores, labels, users)
-    started, one_by_one = time.perf_counter(), []
-    for user in range(2000):
-        own = users == user
-        one_by_one.append(common.by_user(scores[own], labels[own], users[own]))
-    slow, fast = time.perf_counter() - started, math.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        values, auc = common.by_user(scores, labels, users), common.auc(scores, labels)
-        fast = min(fast, time.perf_counter() - started)
-    for name in plain:
-        np.testing.assert_allclose(values[name], plain[name], rtol=1e-9, err_msg=name)
-        np.testing.assert_allclose(values[name], [value[name][0] for value in one_by_one], rtol=1e-12, err_msg=name)
-    assert auc == pytest.approx(plain_auc, rel=1e-12)
-    print(f"\n20,000 samples of 2,000 users: {fast * 1e3:.1f} ms, {slow / fast:.0f}x as fast as one user at a time")
-    assert slow > 10 * fast
+    users = [(rng.normal(size=10), rng.integers(0, 2, 10)) for _ in range(2000)]
+    started = time.process_time()
+    common.evaluate_users(users)
+    assert time.process_time() - started < 20
 
 
 # --------------------------------------------------------------------------------------------------------- known values
@@ -161,29 +154,28 @@ def test_three_recommenders_of_krichene_and_rendle():
         (40, 40, 8437, 9266, 4482): (0.555, 0.010, 0.122),
         (212, 2, 743, 5342, 1548): (0.843, 0.101, 0.208)}
     for ranks, (auc, precision, ndcg) in table.items():
-        scores = -np.tile(np.arange(1, 10001), 5)
-        r = common.rank_candidates(scores, np.concatenate([np.arange(1, 10001) == rank for rank in ranks]),
-                                   np.repeat(np.arange(5), 10000))
-        values = [common.group_auc(r), common.mrr(r), common.lrap(r), common.ndcg(r, 10000)]
-        assert [round(float(value.mean()), 3) for value in values] == [auc, precision, precision, ndcg]
+        values = []
+        for rank in ranks:
+            labels = (np.arange(1, 10001) == rank).astype(int)
+            case = -np.arange(1, 10001.0), labels
+            values.append([common.auc(*case), common.mrr(*case), common.lrap(*case), common.ndcg(*case, 10000)])
+        assert np.round(np.mean(values, axis=0), 3).tolist() == [auc, precision, precision, ndcg]
 
 
 def test_worked_by_hand():
     """Candidates in ranked order + - + -, then one user whose only positive ties with two negatives at the top."""
-    r = common.rank_candidates([4, 3, 2, 1, 9, 9, 9, 0], [1, 0, 1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 2, 2, 2, 2])
+    first, second = metrics_of([4, 3, 2, 1], [1, 0, 1, 0]), metrics_of([9, 9, 9, 0], [0, 1, 0, 0])
     log3 = 1 / math.log2(3)
-    for values, expected in [
-            (common.group_auc(r), [3 / 4, (1 / 2 + 1 / 2 + 1) / 3]),
-            (common.mrr(r), [1, (1 + 1 / 2 + 1 / 3) / 3]),
-            (common.lrap(r), [(1 + 2 / 3) / 2, 1 / 3]),
-            (common.ndcg(r, 1), [1, 1 / 3]),
-            (common.ndcg(r, 2), [1 / (1 + log3), (1 + log3) / 3]),
-            (common.ndcg(r, 5), [1.5 / (1 + log3), (1 + log3 + 1 / 2) / 3]),
-            (common.recall(r, 1), [1 / 2, 1 / 3]),
-            (common.recall(r, 3), [1, 1]),
-            (common.hit(r, 1), [1, 1 / 3]),
-            (common.hit(r, 2), [1, 2 / 3])]:
-        np.testing.assert_allclose(values, expected, rtol=1e-14)
+    for name, expected in {
+            "group_auc": [3 / 4, (1 / 2 + 1 / 2 + 1) / 3],
+            "mrr": [1, (1 + 1 / 2 + 1 / 3) / 3],
+            "lrap": [(1 + 2 / 3) / 2, 1 / 3],
+            "ndcg@1": [1, 1 / 3],
+            "ndcg@2": [1 / (1 + log3), (1 + log3) / 3],
+            "ndcg@5": [1.5 / (1 + log3), (1 + log3 + 1 / 2) / 3],
+            "hit@1": [1, 1 / 3],
+            "hit@2": [1, 2 / 3]}.items():
+        assert [first[name], second[name]] == pytest.approx(expected, rel=1e-14), name
 
 
 @pytest.mark.parametrize("scores, labels, expected", [  # label_ranking_average_precision_score of scikit-learn 1.9
@@ -196,14 +188,7 @@ def test_worked_by_hand():
     ([3, 1, 2], [1, 1, 1], 1.0),
 ])
 def test_lrap_is_that_of_scikit_learn(scores, labels, expected):
-    assert common.metric("lrap", scores, labels, [0] * len(scores)) == pytest.approx(expected, rel=1e-15)
-
-
-def test_logloss_from_the_gap():
-    users = ["a", "a", "b", "c", "d", "e"]
-    scores, labels = [0, math.log(3), 1e5, -1e5, 1e308, 40], [1, 0, 0, 0, 1, 1]
-    values = common.logloss(scores, labels, users)
-    np.testing.assert_allclose(values, [(math.log(2) + math.log(4)) / 2, 1e5, 0, 0, math.exp(-40)], rtol=1e-14)
+    assert common.lrap(np.array(scores), np.array(labels)) == pytest.approx(expected, rel=1e-15)
 
 
 # ---------------------------------------------------------------------------------------------------------- invariances
@@ -211,156 +196,132 @@ def test_logloss_from_the_gap():
 
 @pytest.mark.parametrize("transform", [
     np.exp, lambda s: 3 * s - 50, lambda s: s**3, lambda s: np.unique(s, return_inverse=True)[1]])
-def test_monotone_transforms_change_no_ranking_metric(transform):
-    scores, labels, users = random_case()
-    before, after = (common.by_user(s, labels, users) for s in (scores, transform(scores)))
-    for name in RANKED:
-        np.testing.assert_array_equal(before[name], after[name], name)
-    assert common.auc(scores, labels) == common.auc(transform(scores), labels)
+def test_monotone_transforms_change_no_metric(transform):
+    for scores, labels in random_users():
+        before, after = metrics_of(scores, labels), metrics_of(transform(scores), labels)
+        np.testing.assert_array_equal(list(before.values()), list(after.values()))
 
 
-def test_order_of_samples_and_names_of_users_do_not_matter():
-    scores, labels, users = random_case()
-    before = common.by_user(scores, labels, users)
-    shuffle = np.random.default_rng(2).permutation(len(scores))
-    names = np.random.default_rng(3).choice(10**6, len(set(users)), replace=False)
-    for rename in (names, names.astype(str)):
-        after = common.by_user(scores[shuffle], labels[shuffle], rename[users[shuffle]])
-        for name in before:
-            again = after[name][np.argsort(np.argsort(rename))]
-            np.testing.assert_allclose(before[name], again, rtol=1e-12, err_msg=name)
-    assert common.auc(scores[shuffle], labels[shuffle]) == pytest.approx(common.auc(scores, labels), rel=1e-12)
+def test_the_order_of_candidates_and_of_users_does_not_matter():
+    rng, users = np.random.default_rng(2), random_users()
+    shuffled = []
+    for i in rng.permutation(len(users)):
+        order = rng.permutation(len(users[i][0]))
+        shuffled.append((users[i][0][order], users[i][1][order]))
+    for name in common.METRIC_NAMES:
+        assert common.mean_metric(name, shuffled) == pytest.approx(common.mean_metric(name, users), rel=1e-12), name
 
 
 def test_users_twice_over_change_nothing_but_their_number():
-    scores, labels, users = random_case()
-    once = common.evaluate_scores(scores, labels, users, draws=2)
-    twice = common.evaluate_scores(np.tile(scores, 2), np.tile(labels, 2), np.r_[users, users + 1000], draws=2)
+    users = random_users()
+    once, twice = common.evaluate_users(users, draws=2), common.evaluate_users(users * 2, draws=2)
     for name in common.METRIC_NAMES:
         assert once[name] == pytest.approx(twice[name], rel=1e-12), name
     assert twice["users_counted"] == {name: 2 * n for name, n in once["users_counted"].items()}
 
 
 def test_the_opposite_scorer_has_the_opposite_auc():
-    scores, labels, users = random_case()
+    users = random_users()
+    opposite = [(-scores, labels) for scores, labels in users]
     for name in ("auc", "group_auc"):
-        opposite = common.metric(name, -scores, labels, users)
-        assert common.metric(name, scores, labels, users) + opposite == pytest.approx(1)
+        assert common.mean_metric(name, users) + common.mean_metric(name, opposite) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n, p", [(2, 1), (7, 3), (20, 10), (110, 10), (100, 1), (4, 4)])
 def test_a_constant_scorer_gets_chance_level(n, p):
     labels = np.random.default_rng(n).permutation(np.arange(n) < p)
-    values = {name: value[0] for name, value in common.by_user(np.full(n, 0.3), labels, np.zeros(n)).items()}
+    values = metrics_of(np.full(n, 0.3), labels)
     first = {j: math.comb(n - j, p - 1) / math.comb(n, p) for j in range(1, n + 1)}  # P(first positive at rank j)
-    dcg = lambda k: sum(1 / math.log2(rank + 1) for rank in range(1, k + 1))
+
+    def dcg(k):
+        return sum(1 / math.log2(rank + 1) for rank in range(1, k + 1))
     assert values["mrr"] == pytest.approx(sum(q / j for j, q in first.items()))
     assert values["lrap"] == pytest.approx(p / n)
     for k in (1, 5, 10):
         assert values[f"hit@{k}"] == pytest.approx(1 - math.comb(n - p, min(k, n)) / math.comb(n, min(k, n)))
         assert values[f"ndcg@{k}"] == pytest.approx(p / n * dcg(min(k, n)) / dcg(min(k, p)))
-    for k in (1, 5):
-        assert values[f"recall@{k}"] == pytest.approx(min(k, n) / n)
-    for value in (values["group_auc"], common.auc(np.zeros(n), labels)):
-        assert np.isnan(value) if p == n else value == 0.5
+    assert np.isnan(values["group_auc"]) if p == n else values["group_auc"] == 0.5
 
 
 # -------------------------------------------------------------------------------------------------------- unusual input
 
 
 def test_users_of_one_class_are_left_out_and_the_others_counted():
-    scores = [1, 2, 3, 1, 2, 5, 6, 4]
-    labels = [0, 1, 0, 0, 0, 1, 1, 1]  # user 0 has both, 1 only negatives, 2 only positives
-    result = common.evaluate_scores(scores, labels, [0, 0, 0, 1, 1, 2, 2, 2], draws=5)
+    users = users_of([([1, 2, 3], [0, 1, 0]), ([1, 2], [0, 0]), ([5, 6, 4], [1, 1, 1])])
+    result = common.evaluate_users(users, draws=5)
     counted = result["users_counted"]
     assert counted["group_auc"] == 1 and result["group_auc"] == 0.5
-    assert counted["ndcg@5"] == counted["mrr"] == counted["hit@1"] == counted["lrap"] == counted["recall@1"] == 2
-    assert result["mrr"] == (1 / 2 + 1) / 2 and result["recall@1"] == (0 + 1 / 3) / 2
-    assert counted["logloss"] == 3
+    assert counted["ndcg@5"] == counted["mrr"] == counted["hit@1"] == counted["lrap"] == 2
+    assert result["mrr"] == (1 / 2 + 1) / 2 and result["hit@1"] == (0 + 1) / 2
 
 
-@pytest.mark.parametrize("labels, defined", [
-    ([0, 0, 0], {"logloss"}), ([1, 1, 1], set(common.METRIC_NAMES) - {"auc", "group_auc"})])
-def test_nothing_but_one_class_gives_null(labels, defined):
-    result = common.evaluate_scores([1.0, 2.0, 2.0], labels, [5, 5, 3], draws=5)
+@pytest.mark.parametrize("label, defined", [(0, set()), (1, set(common.METRIC_NAMES) - {"auc", "group_auc"})])
+def test_nothing_but_one_class_gives_null(label, defined):
+    users = users_of([([1, 2], [label, label]), ([2], [label])])
+    result = common.evaluate_users(users, draws=5)
     assert {name for name in common.METRIC_NAMES if result[name] is not None} == defined
     assert {name for name, interval in result["ci"].items() if interval} == defined
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert common.metric("group_auc", [1.0, 2.0, 2.0], labels, [5, 5, 3]) is None
 
 
 def test_one_class_users_with_different_classes_have_an_auc_over_all_samples():
-    result = common.evaluate_scores([3, 2, 1], [1, 0, 0], ["p", "n", "n"], draws=50)
+    result = common.evaluate_users(users_of([([3], [1]), ([2, 1], [0, 0])]), draws=50)
     assert result["auc"] == 1 and result["group_auc"] is None and result["ci"]["auc"] == [1, 1]
 
 
 def test_a_single_user():
-    result = common.evaluate_scores([3, 2, 1], [0, 1, 0], ["u"] * 3, draws=5)
+    result = common.evaluate_users(users_of([([3, 2, 1], [0, 1, 0])]), draws=5)
     assert result["auc"] == result["group_auc"] == 0.5 and result["mrr"] == 0.5 and result["hit@1"] == 0
     assert result["ci"]["mrr"] == [0.5, 0.5] and set(result["users_counted"].values()) == {1}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call", [
-    lambda s, y, u: common.auc(s, y), common.by_user, common.evaluate_scores,
-    lambda s, y, u: common.metric("mrr", s, y, u), lambda s, y, u: common.bootstrap(s, y, u, ["auc"], 3)])
+    common.evaluate_users, common.auc_over_all, lambda users: common.mean_metric("mrr", users),
+    lambda users: common.bootstrap(users, ["auc"], 3)])
 def test_a_score_that_is_no_number_is_an_error(bad, call):
     with pytest.raises(common.UserError, match="1 of 3 scores"):
-        call([0.5, bad, 1], [0, 1, 1], [0, 0, 0])
+        call(users_of([([0.5, bad], [0, 1]), ([1], [1])]))
 
 
 def test_no_samples_at_all_is_an_error():
     with pytest.raises(common.UserError, match="no samples"):
-        common.evaluate_scores([], [], [])
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 1, -1], [0, 1, 0.5], [0, 1, math.nan]])
-def test_labels_are_zero_or_one(labels):
-    with pytest.raises(common.UserError, match="labels"):
-        common.by_user([1, 2, 3], labels, [0, 0, 0])
-
-
-def test_cosines_have_no_logloss():
-    result = common.evaluate_scores([0.5, 0.1], [1, 0], [0, 0], is_logit=False, draws=3)
-    assert result["logloss"] is None and result["auc"] == 1
-    assert "logloss" not in result["ci"] and "logloss" not in result["users_counted"]
+        common.evaluate_users([])
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
 def test_draws_are_the_metrics_of_resampled_users():
-    """Draw by draw: the samples of the drawn users put together, a user drawn twice standing there as two."""
-    scores, labels, users = random_case(4, users=15, most=4)
-    n, names, seed = len(set(users)), common.METRIC_NAMES, 11
-    draws = common.bootstrap(scores, labels, users + 100, names, 40, seed)
+    """Draw by draw: the drawn users put together, a user drawn twice standing there as two."""
+    users, names, seed = random_users(4, users=15, most=4), common.METRIC_NAMES, 11
+    draws = common.bootstrap(users, names, 40, seed)
     rng = np.random.default_rng(seed)
     for draw in range(40):
-        chosen = [np.flatnonzero(users == user) for user in rng.integers(n, size=n)]
-        rows, again = np.concatenate(chosen), np.repeat(np.arange(n), [len(rows) for rows in chosen])
+        drawn = [users[i] for i in rng.integers(len(users), size=len(users))]
         for name in names:
-            value = common.metric(name, scores[rows], labels[rows], again)
-            assert draws[name][draw] == pytest.approx(np.nan if value is None else value, rel=1e-12, nan_ok=True), name
+            value = common.mean_metric(name, drawn)
+            assert draws[name][draw] == pytest.approx(value, rel=1e-12, nan_ok=True), name
 
 
 def test_draws_that_leave_a_metric_undefined_are_left_out():
-    draws = common.bootstrap([2, 1, 1], [1, 0, 0], [0, 0, 1], ["auc", "group_auc", "logloss"], 200, seed=0)
+    draws = common.bootstrap(users_of([([2, 1], [1, 0]), ([1], [0])]), ["auc", "group_auc"], 200, seed=0)
     none = np.isnan(draws["auc"])
     assert 20 < none.sum() < 80 and (draws["auc"][~none] >= 0.5).all()  # user 1 alone, drawn twice: 1 in 4
-    assert (np.isnan(draws["group_auc"]) == none).all() and not np.isnan(draws["logloss"]).any()
+    assert (np.isnan(draws["group_auc"]) == none).all()
     assert common.interval(draws["group_auc"]) == [1, 1]
 
 
 def test_draws_are_paired_and_seeded():
-    scores, labels, users = random_case()
-    one, same = (common.bootstrap(scores, labels, users, common.METRIC_NAMES, 50, seed=7) for _ in range(2))
-    moved = common.bootstrap(2 * scores + 1, labels, users, common.METRIC_NAMES, 50, seed=7)
-    other = common.bootstrap(scores, labels, users, common.METRIC_NAMES, 50, seed=8)
-    alone = common.bootstrap(scores, labels, users, ["mrr"], 50, seed=7)["mrr"]
-    for name in common.METRIC_NAMES:
-        assert (one[name] - same[name] == 0).all() and (one[name] != other[name]).any(), name
-        assert name == "logloss" or (one[name] - moved[name] == 0).all(), name
-    np.testing.assert_allclose(alone, one["mrr"], rtol=1e-12)
+    users, names = random_users(), common.METRIC_NAMES
+    moved_users = [(2 * scores + 1, labels) for scores, labels in users]
+    one, same = common.bootstrap(users, names, 50, seed=7), common.bootstrap(users, names, 50, seed=7)
+    moved, other = common.bootstrap(moved_users, names, 50, seed=7), common.bootstrap(users, names, 50, seed=8)
+    alone = common.bootstrap(users, ["mrr"], 50, seed=7)["mrr"]
+    for name in names:
+        assert (one[name] == same[name]).all() and (one[name] != other[name]).any(), name
+        assert (one[name] == moved[name]).all(), name
+    assert (alone == one["mrr"]).all()
 
 
 def test_interval_is_the_percentiles_of_the_draws():
@@ -370,37 +331,41 @@ def test_interval_is_the_percentiles_of_the_draws():
     assert common.interval(np.full(3, np.nan)) is None
 
 
-def test_evaluate_scores_gathers_metrics_intervals_and_counts():
-    scores, labels, users = random_case()
-    result = common.evaluate_scores(scores, labels, users, draws=100, seed=3)
-    draws = common.bootstrap(scores, labels, users, common.METRIC_NAMES, 100, seed=3)
-    assert list(result) == [*common.METRIC_NAMES, "ci", "users_counted"]
+def test_evaluate_users_gathers_metrics_intervals_and_counts():
+    users = random_users()
+    result = common.evaluate_users(users, draws=100, seed=3)
+    draws = common.bootstrap(users, common.METRIC_NAMES, 100, seed=3)
+    assert set(result) == {*common.METRIC_NAMES, "ci", "users_counted"}
     for name in common.METRIC_NAMES:
-        assert result[name] == common.metric(name, scores, labels, users)
+        assert result[name] == common.mean_metric(name, users)
         low, high = result["ci"][name]
         assert [low, high] == common.interval(draws[name]) and low < result[name] < high
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def synthetic(rng, users, scorers=1):
-    """A benchmark with known quality: labels, users and scores (scorers, samples); the scorers are equally good.
+    """A benchmark with known quality: for each of several equally good scorers its [(scores, labels)].
 
-    2 to 12 candidates a user, each liked with probability 0.3. score = bias of the user (variance 1/2) + quality for
+    2 to 12 candidates per user, each liked with probability 0.3. score = bias of the user (variance 1/2) + quality for
     this user (mean 0.8, variance 1/2) * label + noise (variance 1). What scorers have in common makes half of quality
     and noise, and all of the bias.
     """
     user = np.repeat(np.arange(users), rng.integers(2, 13, users))
     labels = (rng.random(len(user)) < 0.3).astype(int)
-    half = lambda size: (rng.normal(size=size) + rng.normal(size=(scorers, size))) / math.sqrt(2)
+
+    def half(size):
+        return (rng.normal(size=size) + rng.normal(size=(scorers, size))) / math.sqrt(2)
     quality, bias = 0.8 + math.sqrt(1 / 2) * half(users), math.sqrt(1 / 2) * rng.normal(size=users)
-    return bias[user] + quality[:, user] * labels + half(len(user)), labels, user
+    scores = bias[user] + quality[:, user] * labels + half(len(user))
+    ends = np.cumsum(np.bincount(user, minlength=users))[:-1]
+    split_labels = np.split(labels, ends)
+    return [list(zip(np.split(row, ends), split_labels)) for row in scores]
 
 
-def population(users=400_000):
+def population(users=100_000):
     """Every metric's value in the population that synthetic() draws from, by a sample so large that it hardly errs."""
-    (scores,), labels, user = synthetic(np.random.default_rng(99), users)
-    values = common.by_user(scores, labels, user)
-    return {**{name: common.nanmean(value) for name, value in values.items()}, "auc": common.auc(scores, labels)}
+    cases, = synthetic(np.random.default_rng(99), users)
+    return {name: common.mean_metric(name, cases) for name in ("mrr", "lrap", "ndcg@1", "ndcg@5", "ndcg@10", "hit@1")}
 
 
 KNOWN = {  # of the synthetic population; the difference of a positive and a negative score is normal
@@ -409,9 +374,9 @@ KNOWN = {  # of the synthetic population; the difference of a positive and a neg
 
 
 def test_metrics_of_a_large_sample_are_those_of_its_population():
-    found = population(users=40_000)
+    cases, = synthetic(np.random.default_rng(99), 10_000)
     for name, value in KNOWN.items():
-        assert abs(found[name] - value) < 0.005  # three standard errors
+        assert abs(common.mean_metric(name, cases) - value) < 0.01  # three standard errors
 
 
 @functools.cache
@@ -423,10 +388,10 @@ def simulation(benchmarks=1000, users=300):
     """
     truth = {**population(), **KNOWN}
     names = [name for name in common.METRIC_NAMES if name not in ("hit@5", "hit@10")]
-    covered, alarms = (dict.fromkeys(names, 0.0) for _ in range(2))
+    covered, alarms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for seed in range(benchmarks):
-        scores, labels, user = synthetic(np.random.default_rng([0, seed]), users, scorers=2)
-        one, two = (common.bootstrap(s, labels, user, names, 1000, seed) for s in scores)
+        first, second = synthetic(np.random.default_rng([0, seed]), users, scorers=2)
+        one, two = common.bootstrap(first, names, 1000, seed), common.bootstrap(second, names, 1000, seed)
         for name in names:
             low, high = common.interval(one[name])
             covered[name] += (low <= truth[name] <= high) / benchmarks
@@ -456,9 +421,10 @@ def test_the_paired_test_raises_a_false_alarm_once_in_20():
 
 
 def test_the_paired_test_finds_a_difference_that_separate_intervals_miss():
-    (scores, _), labels, user = synthetic(np.random.default_rng(0), 300, scorers=2)
-    better = scores + 0.15 * labels
-    one, two = (common.bootstrap(s, labels, user, ["group_auc"], 1000)["group_auc"] for s in (scores, better))
+    users, _ = synthetic(np.random.default_rng(0), 300, scorers=2)
+    better = [(scores + 0.15 * labels, labels) for scores, labels in users]
+    one = common.bootstrap(users, ["group_auc"])["group_auc"]
+    two = common.bootstrap(better, ["group_auc"])["group_auc"]
     assert common.interval(one)[1] > common.interval(two)[0]
     assert common.interval(two - one)[0] > 0
 
