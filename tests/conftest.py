@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest on one thread
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
 
 
 def pytest_addoption(parser):
