@@ -1004,17 +1004,19 @@ def lrap(scores, labels):
     return np.mean(precisions)
 
 
-def user_metrics(scores, labels):
-    """All metrics of one user, {name: value}."""
-    return {
-        "group_auc": auc(scores, labels),  # the authors' code: GAUC
-        "ndcg@1": ndcg(scores, labels, 1), "ndcg@5": ndcg(scores, labels, 5), "ndcg@10": ndcg(scores, labels, 10),
-        "mrr": mrr(scores, labels), "lrap": lrap(scores, labels),
-        "hit@1": hit(scores, labels, 1), "hit@5": hit(scores, labels, 5), "hit@10": hit(scores, labels, 10),
-    }
-
-
 METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap", "hit@1", "hit@5", "hit@10"]
+
+
+def user_metric(name, scores, labels):
+    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see auc_over_all."""
+    name, _, k = name.partition("@")
+    if name == "group_auc":  # the authors' code: GAUC
+        return auc(scores, labels)
+    if name == "ndcg":
+        return ndcg(scores, labels, int(k))
+    if name == "hit":
+        return hit(scores, labels, int(k))
+    return mrr(scores, labels) if name == "mrr" else lrap(scores, labels)
 
 
 def check_scores(users):
@@ -1027,11 +1029,10 @@ def check_scores(users):
         raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
 
 
-def metric_per_user(users):
-    """{metric: values (users,), NaN where a user does not count} of users, [(scores, labels)]. "auc" is not per user."""
+def metric_per_user(name, users):
+    """A metric of each of the users, [(scores, labels)]: an array (users,), NaN where a user does not count."""
     check_scores(users)
-    table = [user_metrics(scores, labels) for scores, labels in users]
-    return {name: np.array([row[name] for row in table]) for name in METRIC_NAMES if name != "auc"}
+    return np.array([user_metric(name, scores, labels) for scores, labels in users])
 
 
 def auc_over_all(users):
@@ -1046,7 +1047,7 @@ def mean_metric(name, users):
     """One of METRIC_NAMES over users, [(scores, labels)]; NaN where it is undefined for all."""
     if name == "auc":
         return float(auc_over_all(users))
-    return mean_defined(metric_per_user(users)[name])
+    return mean_defined(metric_per_user(name, users))
 
 
 def mean_defined(values):
@@ -1064,7 +1065,8 @@ def bootstrap(users, names, draws=1000, seed=0):
     depends on the seed and the number of users alone: draws of two models on the same users are paired, and may be
     subtracted.
     """
-    per_user = metric_per_user(users)
+    check_scores(users)
+    per_user = {name: metric_per_user(name, users) for name in names if name != "auc"}
     result = {name: np.full(draws, math.nan) for name in names}
     rng = np.random.default_rng(seed)
     sorted_samples = sort_samples(users)
@@ -1120,14 +1122,16 @@ def evaluate_users(users, draws=1000, seed=0):
     None where a metric or interval is undefined, so the result is plain JSON.
     """
     sampled = bootstrap(users, METRIC_NAMES, draws, seed)
-    per_user = metric_per_user(users)
     result = {"ci": {}, "users_counted": {}}
     for name in METRIC_NAMES:
-        value = float(auc_over_all(users)) if name == "auc" else mean_defined(per_user[name])
+        if name == "auc":
+            value = float(auc_over_all(users))
+        else:
+            values = metric_per_user(name, users)
+            value = mean_defined(values)
+            result["users_counted"][name] = int((~np.isnan(values)).sum())
         result[name] = None if math.isnan(value) else value
         result["ci"][name] = interval(sampled[name])
-        if name != "auc":
-            result["users_counted"][name] = int((~np.isnan(per_user[name])).sum())
     return result
 
 

@@ -1,98 +1,44 @@
-"""The transfer matrix: command lines, statistics, tables, picture; from canned results and from a tiny model."""
+"""The transfer matrix: command lines, statistics, tables, picture; from made-up scores and from a tiny model."""
 import csv
 import json
 import random
-import re
 import shlex
 import shutil
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 import common
 import evaluate
 import finetune
-import tiny
 import transfer_matrix
 
-NAMES, finetune_main = list(common.DEMO), finetune.main
+NAMES = list(common.DEMO)
+SOURCES = ["news-a", "shop", "news-b", "news-a+news-b", "news-a+books-a+shop"]
+TARGETS = ["news-a", "books-a", "shop", "news-b"]
 
 
 def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_dataset(data, name, users=24):
     """A small prepared dataset in the standard format, of the words of tests/tiny.py."""
     rng, folder = random.Random(name), Path(data, name)
-    folder.mkdir(parents=True)
     words = rng.sample(tiny.WORDS[-16:], 8)
     items = {f"i{n}": " ".join(rng.sample(words, 2)) for n in range(30)}
     write_lines(folder / "items.jsonl", [{"id": key, "text": text} for key, text in items.items()])
-    splits = {}
     for split, size in {"train": users, "valid": 8, "test": users}.items():
-        drawn = [rng.sample(list(items), 11) for _ in range(size)]
-        write_lines(folder / f"{split}.jsonl", [
-            {"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4}
-            for n, ids in enumerate(drawn)])
-        splits[split] = {"users": size, "samples": 8 * size, "positives": 4 * size}
-    common.write_json(folder / "meta.json", {"format": common.FORMAT, "sha256": f"sha of {name}", "splits": splits,
-                                             "domain": common.dataset(name).domain})
-
-
-def write_cell(out, source, target, data, skill):
-    """What evaluate.py would write of a cell, from made-up scores: skill is how far positives stand above negatives."""
-    rng, folder = np.random.default_rng(common.digest(source, target)), Path(out, "cells", source)
-    folder.mkdir(parents=True, exist_ok=True)
-    users = list(common.read_users(data, target, "test"))
-    labels = np.concatenate([user["labels"] for user in users])
-    scores = rng.normal(size=len(labels)) + skill * labels
-    write_lines(folder / f"{target}.scores.jsonl", [
-        {"user": user["user"], "scores": part.tolist()} for user, part in zip(users, np.split(scores, len(users)))])
-    result = common.evaluate_scores(scores, labels, np.repeat(np.arange(len(users)), 8), draws=100)
-    common.write_json(folder / f"{target}.json", {
-        **result, "split": "test", "n_users": len(users), "n_samples": len(labels), "collapsed": skill == 0,
-        "data_sha256": "x"})
-
-
-def write_run(out, source, **more):
-    """What finetune.py would write of a training."""
-    curve = [{"step": 10, "mean": 0.6}, {"step": 20, "mean": 0.7}]
-    common.write_json(Path(out, "runs", source, "run.json"), {
-        "train_chain": source.split("+"), "valid_chain": source.split("+"), "steps": 30, "samples": 960, "best": curve[1],
-        "curve": curve, "unstable": False, "finished": True, **more})
-
-
-class Fakes:
-    """Stand-ins for finetune.main and evaluate.main that write canned results and list what they were given."""
-
-    def __init__(self, monkeypatch, skill=lambda source, target: 1.0):
-        self.calls, self.skill, self.broken = [], skill, {}
-        monkeypatch.setattr(finetune, "main", self.finetune)
-        monkeypatch.setattr(evaluate, "main", self.evaluate)
-        monkeypatch.setattr(transfer_matrix, "likeness", lambda args, names: {
-            f"{a} {b}": {"cosine": 0.9, "overlap": len(a + b) / 100} for a in names for b in names if a != b})
-
-    def happen(self, *piece):
-        self.calls.append(piece)
-        if error := self.broken.get(piece):
-            raise error
-
-    def finetune(self, argv):
-        args = finetune.arguments(argv)
-        self.happen("finetune", Path(args.out).name)
-        write_run(Path(args.out).parent.parent, "+".join(args.train))
-        print("a long report")
-
-    def evaluate(self, argv):
-        args = evaluate.arguments(argv)
-        source, target = Path(args.out).name, args.test[0]
-        self.happen(source, target)
-        write_cell(Path(args.out).parent.parent, source, target, args.data, self.skill(source, target))
-        print("a long report")
+        lines = []
+        for n in range(size):
+            ids = rng.sample(list(items), 11)
+            lines.append({"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4})
+        write_lines(folder / f"{split}.jsonl", lines)
+    common.write_json(folder / "meta.json", {"format": common.FORMAT, "domain": common.DOMAINS[name]})
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +49,49 @@ def data(tmp_path_factory):
     return str(folder)
 
 
-SOURCES = ["news-a", "shop", "news-b", "news-a+news-b", "news-a+books-a+shop"]
-TARGETS = ["news-a", "books-a", "shop", "news-b"]
+class Fakes:
+    """Stand-ins for finetune.main and evaluate.main: they write what those would write, of made-up scores.
+
+    skill(source, target): how far positives stand above negatives. broken: {(source, target): an error to raise}.
+    """
+
+    def __init__(self, monkeypatch, skill=lambda source, target: 1.0, **run):
+        self.calls, self.skill, self.broken, self.run = [], skill, {}, run
+        monkeypatch.setattr(finetune, "main", self.finetune)
+        monkeypatch.setattr(evaluate, "main", self.evaluate)
+        monkeypatch.setattr(common.evaluate_users, "__defaults__", (20, 0))  # draws of the cells' own intervals
+        monkeypatch.setattr(transfer_matrix, "similarity", lambda args, matrix: {"pairs": [], "rank_correlation": None})
+
+    def happen(self, *call):
+        self.calls.append(call)
+        if call in self.broken:
+            raise self.broken[call]
+
+    def finetune(self, argv):
+        args = finetune.arguments(argv)
+        self.happen("finetune", "+".join(args.train))
+        run = {"train_chain": args.train, "valid_chain": args.valid, "steps": 30, "samples": 960, "seconds": 1.0,
+               "unstable": False, "beats_base": True, "job": finetune.job_of(args), "model": "m", "type": args.type,
+               "domains": {name: common.DOMAINS[name] for name in args.train}, "arguments": vars(args)}
+        common.write_json(Path(args.out, "run.json"), {**run, **self.run})
+
+    def evaluate(self, argv):
+        args = evaluate.arguments(argv)
+        source, target = Path(args.out).name, args.test[0]
+        self.happen(source, target)
+        users, items = common.read_users(args.data, target, "test", args.limit_users)
+        rng, job = np.random.default_rng(common.digest(source, target)), evaluate.job_of(args, target)
+        lines = [{"job": job}]
+        for user in users:
+            scores = rng.normal(size=8) + self.skill(source, target) * np.array(user["labels"])
+            lines.append({"user": user["user"], "scores": scores.tolist()})
+        write_lines(evaluate.scores_path(args.out, target), lines)
+        cost = {"samples": 8, "seconds": 1.0, "tokens_scored": 1, "tokens_unpacked": 1}
+        evaluate.finish(args, target, users, items, None, job, cost)
 
 
 def run_matrix(data, out, *more, sources=SOURCES, targets=TARGETS):
-    argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", data, *more]
+    argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", str(data), *more]
     return common.run(transfer_matrix.main, argv)
 
 
@@ -118,7 +101,10 @@ def read_matrix(out):
     return matrix, {row["source"]: row["cells"] for row in matrix["rows"]}
 
 
-def test_dry_run_prints_one_runnable_line_for_each_missing_piece(data, tmp_path, monkeypatch, capsys):
+# --------------------------------------------------------------------------------------------------------- command lines
+
+
+def test_dry_run_prints_one_runnable_line_for_each_missing_training_and_cell(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
     assert run_matrix(data, tmp_path / "a b", "--dry-run", "--seed", "7", "--type", "embed", "--overwrite",
                       "--finetune-args=--lr 0.01", "--evaluate-args", "--limit-users 9") == 0
@@ -126,8 +112,7 @@ def test_dry_run_prints_one_runnable_line_for_each_missing_piece(data, tmp_path,
     assert [Path(line[1]).name for line in lines] == ["finetune.py"] * 5 + ["evaluate.py"] * 24 and not fakes.calls
     trainings = [finetune.arguments(line[2:]) for line in lines[:5]]
     cells = [evaluate.arguments(line[2:]) for line in lines[5:]]
-    assert [args.train for args in trainings] == [
-        ["news-a"], ["news-b"], ["shop"], ["news-a", "news-b"], ["news-a", "books-a", "shop"]]
+    assert ["+".join(args.train) for args in trainings] == SOURCES
     for args in trainings + cells:
         assert (args.seed, args.type, args.data, args.overwrite, args.max_tokens) == (7, "embed", data, True, None)
     assert all(args.lr == 0.01 for args in trainings) and all(args.limit_users == 9 for args in cells)
@@ -137,53 +122,38 @@ def test_dry_run_prints_one_runnable_line_for_each_missing_piece(data, tmp_path,
 
 def test_what_is_there_is_not_run_again(data, tmp_path, monkeypatch, capsys):
     fakes, small = Fakes(monkeypatch), {"sources": ["news-a", "shop"], "targets": ["shop"]}
-    write_run(tmp_path, "shop")
-    write_run(tmp_path, "news-a", finished=False)  # killed in the middle
-    write_cell(tmp_path, "zero-shot", "shop", data, 0)
+    assert run_matrix(data, tmp_path, sources=["news-a"], targets=["shop"]) == 0
+    assert len(fakes.calls) == 3
+    capsys.readouterr()
     assert run_matrix(data, tmp_path, "--dry-run", **small) == 0
-    training, first, second = capsys.readouterr().out.splitlines()
-    assert "/runs/news-a " in training + " " and "/cells/news-a " in first + " " and "/cells/shop " in second + " "
+    missing = capsys.readouterr().out.splitlines()
+    assert len(missing) == 2 and "/runs/shop" in missing[0] and "/cells/shop" in missing[1]
     assert run_matrix(data, tmp_path, **small) == 0
-    out = capsys.readouterr().out
-    assert [line[2:] for line in out.splitlines() if line.startswith("$ ")] == [training, first, second]
-    assert out.count("a long report") == 3
-    assert len(fakes.calls) == 2 + 5  # all are asked, by --dry-run those that are there, so that stale ones are refused
+    assert [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")] == missing
     assert run_matrix(data, tmp_path, "--dry-run", **small) == 0 and not capsys.readouterr().out
+    assert run_matrix(data, tmp_path, **small) == 0 and len(fakes.calls) == 5
 
 
-def test_what_is_in_the_way_is_said_before_anything_runs(data, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_or_in_the_way_is_said_before_anything_runs(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
 
     def error(*more, data=data, **small):
-        assert run_matrix(data, tmp_path, *more, **small) == 2 and not fakes.calls
+        capsys.readouterr()
+        assert run_matrix(data, tmp_path / "out", *more, **small) == 2
         return capsys.readouterr().err
     assert "No closing quotation" in error("--finetune-args=--lr '1e-3")
+    assert "--bogus" in error("--evaluate-args=--bogus") and "--bogus" in error("--finetune-args=--bogus", "--dry-run")
     shutil.copytree(data, tmp_path / "data")
     for split, name in (("test", "books-a"), ("valid", "news-b"), ("train", "shop")):
         (tmp_path / "data" / name / f"{split}.jsonl").unlink()
-        assert f"{name} has no {split} split" in error(data=str(tmp_path / "data"))
-        (tmp_path / "data" / name / f"{split}.jsonl").touch()
-    for more in ([], ["--dry-run"]):
-        assert "--bogus" in error("--evaluate-args=--bogus", *more)
-    write_run(tmp_path, "shop")
-    monkeypatch.setattr(finetune, "main", finetune_main)
-    assert "runs/shop/run.json was made" in error("--dry-run", sources=["shop"])  # by write_run, not by these arguments
-
-
-def test_a_matrix_follows_its_scores(data, tmp_path, monkeypatch, capsys):
-    Fakes(monkeypatch)
-    small = {"sources": ["shop"], "targets": ["news-a"]}
-    assert run_matrix(data, tmp_path, **small) == 0
-    before = read_matrix(tmp_path)[1]["shop"]["news-a"]
-    monkeypatch.setattr(finetune, "main", lambda argv: None)  # as they do when their files are there
-    monkeypatch.setattr(evaluate, "main", lambda argv: None)
-    scores = tmp_path / "cells/shop/news-a.scores.jsonl"
-    scores.write_bytes(Path(tmp_path, "cells/zero-shot/news-a.scores.jsonl").read_bytes())
-    assert run_matrix(data, tmp_path, **small) == 0
-    assert read_matrix(tmp_path)[1]["shop"]["news-a"]["gain_ci"] == [0, 0] != before["gain_ci"]
-    scores.unlink()
-    assert run_matrix(data, tmp_path, **small) == 2
-    assert "is missing; give evaluate.py --overwrite" in capsys.readouterr().err
+        assert f"{name} has no {split} split" in error(data=tmp_path / "data")
+        shutil.copyfile(Path(data, name, f"{split}.jsonl"), tmp_path / "data" / name / f"{split}.jsonl")
+    assert not fakes.calls and not (tmp_path / "out").exists()
+    assert run_matrix(data, tmp_path / "out", sources=["shop"], targets=["shop"]) == 0
+    calls = len(fakes.calls)
+    assert "runs/shop was made with other lr" in error("--finetune-args=--lr 1", sources=["shop"], targets=["shop"])
+    assert "made with other limit_users" in error("--evaluate-args=--limit-users 3", sources=["shop"], targets=["shop"])
+    assert len(fakes.calls) == calls
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
@@ -195,17 +165,15 @@ def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeyp
     assert "error: the loss is nan" in err and "error: RuntimeError: out of memory" in err
     assert err.count("failed, left empty:") == 2 and ("shop", "news-a") not in fakes.calls
     matrix, cells = read_matrix(tmp_path)
-    assert not any(cells["shop"].values()) and cells["news-a"]["books-a"] == cells["news-a"]["mean"] == {}
-    assert all(cells["news-b"].values()) and all(cells["news-a+news-b"].values())
-    assert matrix["failed"] == ["news-a on books-a", "training on shop", "shop on news-a", "shop on news-b",
-                                "shop on books-a", "shop on shop"]
-    assert "Failed: news-a on books-a, training on shop," in Path(tmp_path, "matrix.md").read_text()
-    assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 7  # two, and a row of five
-    assert matrix["rra"]["1"].keys() == {"news-a", "news-b"}
-    assert "not ranked in RRA@K, where others move up: shop." in Path(tmp_path, "matrix.md").read_text()
+    assert cells["shop"] == {"mean": {}} and "books-a" not in cells["news-a"] and cells["news-a"]["mean"] == {}
+    assert len(cells["news-b"]) == len(cells["news-a+news-b"]) == 5
+    assert matrix["failed"] == ["news-a on books-a", "training on shop"]
+    assert "Failed: news-a on books-a, training on shop." in Path(tmp_path, "matrix.md").read_text()
+    assert Path(tmp_path, "matrix.svg").read_text().count("stroke-dasharray") == 7  # two, and a row of five
+    assert matrix["rra"]["1"]["shop"] == [None, None] and matrix["rra"]["1"]["news-b"][0] in (0, 1)  # on shop alone
     fakes.broken = {}
     assert run_matrix(data, tmp_path) == 0
-    assert all(cell for row in read_matrix(tmp_path)[1].values() for cell in row.values())
+    assert all(len(row) == 5 and row["mean"] for row in read_matrix(tmp_path)[1].values())
 
 
 def test_interrupt_stops_the_matrix(data, tmp_path, monkeypatch):
@@ -217,34 +185,37 @@ def test_interrupt_stops_the_matrix(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--model", "overlap"], "fine-tuned"), (["--k", "0"], "--k"), (["--metric", "logloss"], "--metric"),
-    (["--sources", "news-c"], "unknown dataset 'news-c'"), (["--sources", "news-a+"], "unknown dataset ''")])
+    (["--model", "itemknn"], "fine-tuned"), (["--k", "0"], "--k"), (["--metric", "logloss"], "--metric"),
+    (["--sources", "news-c"], "unknown dataset 'news-c'"), (["--sources", "news-a+"], "unknown dataset ''"),
+    (["--targets", "news-c"], "unknown dataset 'news-c'")])
 def test_wrong_arguments_are_one_line(change, message, data, tmp_path, capsys):
     assert run_matrix(data, tmp_path, *change) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
 def test_rows_columns_settings_and_numbers(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else 3 if target in source else
-          -1 if source == "shop" else 0.3)
+    def skill(source, target):
+        if source == "zero-shot":
+            return 0
+        return 3 if target in source else -1 if source == "shop" else 0.3
+    Fakes(monkeypatch, skill)
     assert run_matrix(data, tmp_path, "--metric", "group_auc") == 0
     matrix, cells = read_matrix(tmp_path)
-    assert matrix["targets"] == ["news-a", "news-b", "books-a", "shop"]  # grouped by domain
-    letters = {source: "".join(row[t]["setting"] for t in matrix["targets"]) for source, row in cells.items()}
-    assert letters == {"zero-shot": "BBBB", "news-a": "CDFF", "news-b": "DCFF", "shop": "FFFC",
-                       "news-a+news-b": "EEGG", "news-a+books-a+shop": "HGHH"}
+    assert matrix["targets"] == TARGETS
+    letters = {source: [row[target]["setting"] for target in TARGETS] for source, row in cells.items()}
+    assert letters == {"zero-shot": ["A/B"] * 4, "news-a": list("CFFD"), "shop": list("FFCF"), "news-b": list("DFFC"),
+                       "news-a+news-b": list("EFFE"), "news-a+books-a+shop": list("HHHG")}
     for source, row in cells.items():
-        for target in matrix["targets"]:
+        for target in TARGETS:
             result = common.read_json(tmp_path / "cells" / source / f"{target}.json")
-            assert (row[target]["value"], row[target]["value_ci"]) == (result["group_auc"], result["ci"]["group_auc"])
+            assert (row[target]["value"], row[target]["ci"]) == (result["group_auc"], result["ci"]["group_auc"])
             gain = row[target]["value"] - cells["zero-shot"][target]["value"]
             assert row[target]["gain"] == (None if source == "zero-shot" else pytest.approx(gain))
-        value = lambda *targets: pytest.approx(np.mean([row[t]["value"] for t in targets]))
-        assert row["mean"]["value"] == value(*matrix["targets"])
-        assert row["mean of news"]["value"] == value("news-a", "news-b")
-        unseen = [t for t in matrix["targets"] if t not in source.split("+")]
-        assert row["mean of unseen"]["value"] == value(*unseen)
+        assert row["mean"]["value"] == pytest.approx(np.mean([row[target]["value"] for target in TARGETS]))
     assert cells["shop"]["shop"]["mark"] == "better" and cells["shop"]["news-a"]["mark"] == "worse"
 
 
@@ -252,148 +223,87 @@ def test_marks_notes_and_spreadsheet(data, tmp_path, monkeypatch):
     Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else -1 if source == "shop" else 1)
     assert run_matrix(data, tmp_path) == 0
     matrix, cells = read_matrix(tmp_path)
-    marks = [row[t]["mark"] for source, row in cells.items() for t in TARGETS if source != "zero-shot"]
+    marks = [row[target]["mark"] for source, row in cells.items() for target in TARGETS if source != "zero-shot"]
     better, worse = marks.count("better"), marks.count("worse")
     assert matrix["marks"] == {"compared": 20, "better": better, "worse": worse, "by_chance": 1.0}
     assert better >= 14 and worse >= 3
-    text = (tmp_path / "matrix.md").read_text()
-    assert f"Of 20 cells {better} are ▲, {worse} ▼; if nothing differed, chance would mark 1.0 (5%)." in text
-    assert "not the luck of a training run" in text
-    assert "Zero-shot collapse, scores as good as chance: news-a, news-b, books-a, shop." in text
-    assert re.search(r"\| shop +(\| [\d.]+ +){3}\| 30 +\| 960 +\|", text)
-    with open(tmp_path / "matrix.csv") as lines:
-        rows = list(csv.DictReader(lines))
-    assert len(rows) == 6 * 7 and not any(None in row or None in row.values() for row in rows)
-    row, cell = next(r for r in rows if (r["source"], r["target"]) == ("shop", "news-a")), cells["shop"]["news-a"]
-    assert (row["setting"], row["mark"], row["steps"], row["domain"]) == ("F", "worse", "30", "news")
-    assert [float(row[key]) for key in ("auc", "low", "high", "gain", "gain_low", "gain_high")] == [
-        cell["value"], *cell["value_ci"], cell["gain"], *cell["gain_ci"]]
+    written = (tmp_path / "matrix.md").read_text()
+    assert f"Of 20 cells {better} are ▲ and {worse} ▼; if nothing differed, chance alone would mark 1.0 (5%)." in written
+    assert "not the luck of a training run" in written and "says nothing of harm" in written
+    rows = list(csv.DictReader((tmp_path / "matrix.csv").open()))
+    assert len(rows) == 6 * 4
+    for row in rows:
+        cell = cells[row["source"]][row["target"]]
+        assert float(row["auc"]) == cell["value"] and float(row["high"]) == cell["ci"][1]
+        assert row["gain_low"] == ("" if cell["gain"] is None else str(cell["gain_ci"][0]))
 
 
-def test_warnings_about_trainings(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch)
-    monkeypatch.setattr(finetune, "main", lambda argv: write_run(
-        tmp_path, "news-a", unstable=True, valid_chain=["shop"], train_chain=["news-b", "news-a"]))
-    assert run_matrix(data, tmp_path, sources=["news-a"]) == 0
-    assert read_matrix(tmp_path)[1]["news-a"]["news-a"]["setting"] == "E"  # the chain of trainings counts
-    text = (tmp_path / "matrix.md").read_text()
-    assert "Unstable training, validation fell by over 0.05: news-a." in text
-    assert "Validated on other sets: news-a." in text
+def test_differences_are_paired_over_users(data, tmp_path, monkeypatch):
+    """The interval of the gain is that of resampled users, by hand; draws are those of one seed per target."""
+    Fakes(monkeypatch, lambda source, target: 0.2 if source == "zero-shot" else 0.5)
+    assert run_matrix(data, tmp_path, "--metric", "group_auc", sources=["shop"], targets=["news-a"]) == 0
+    labels, per_user = np.array([1, 0] * 4), []
+    for source in ("shop", "zero-shot"):
+        lines = [json.loads(line) for line in (tmp_path / "cells" / source / "news-a.scores.jsonl").open()][1:]
+        per_user.append([common.auc(np.array(line["scores"]), labels) for line in lines])
+    gains = np.subtract(*per_user)
+    rng = np.random.default_rng(common.digest(2025, "news-a"))
+    draws = [gains[rng.integers(40, size=40)].mean() for _ in range(1000)]
+    cell = read_matrix(tmp_path)[1]["shop"]["news-a"]
+    assert cell["gain"] == pytest.approx(gains.mean()) and cell["gain_ci"] == pytest.approx(common.interval(np.array(draws)))
 
 
-def test_differences_are_paired_over_users():
-    """Against a bootstrap written out: the same users are drawn for both models."""
-    rng = np.random.default_rng(1)
-    users, labels = np.repeat(np.arange(30), 6), np.tile([1, 0, 0, 1, 0, 1], 30)
-    base = rng.normal(size=180) + 2.0 * labels * rng.random(30)[users]  # users differ much, models little
-    other = base + 0.3 * labels + 0.1 * rng.normal(size=180)
-    def sample(scores):
-        draws = common.bootstrap(scores, labels, users, ["group_auc"], seed=5)["group_auc"]
-        return common.metric("group_auc", scores, labels, users), draws
-    cell = transfer_matrix.estimate([sample(other)], [sample(base)])
-
-    own = lambda scores: np.array([common.auc(scores[users == u], labels[users == u]) for u in range(30)])
-    difference = own(other) - own(base)
-    picks = np.random.default_rng(9).integers(30, size=(4000, 30))
-    low, high = np.quantile(difference[picks].mean(1), [0.025, 0.975])
-    assert cell["gain"] == pytest.approx(difference.mean()) and cell["mark"] == "better"
-    assert cell["gain_ci"] == pytest.approx([low, high], abs=0.15 * (high - low))
-    assert high - low < 0.6 * np.ptp(cell["value_ci"])  # what pairing is for
-    same = transfer_matrix.estimate([sample(base)], [sample(base)])
-    assert (same["gain"], same["gain_ci"], same["mark"]) == (0, [0, 0], "")
-    assert transfer_matrix.estimate([sample(base)], [sample(other)])["mark"] == "worse"
-    unsure = transfer_matrix.estimate([(0.6, np.linspace(0.4, 0.8, 101))], [(0.5, np.full(101, 0.5))])
-    assert unsure["gain"] == pytest.approx(0.1) and unsure["mark"] == ""
-
-
-def test_mean_over_targets_has_its_own_interval():
-    """Independent targets: the interval of their mean is narrower by the root of their number."""
-    rng = np.random.default_rng(0)
-    cells = [(0.5, 0.5 + 0.1 * rng.normal(size=20000)) for _ in range(4)]
-    entry = transfer_matrix.estimate(cells, [])
-    assert np.ptp(entry["value_ci"]) == pytest.approx(2 * 1.96 * 0.1 / 2, rel=0.03) and entry["gain"] is None
-    assert transfer_matrix.estimate([cells[0], None], []) == transfer_matrix.estimate([], []) == {}
-    assert transfer_matrix.estimate(cells[:2], [cells[0], None])["gain_ci"] is None
-
-
-def test_draws_are_paired_within_a_column_and_independent_between(data, tmp_path):
-    args = transfer_matrix.arguments(["--model", "m", "--sources", "shop", "--targets", "shop", "--out", "x",
-                                      "--data", data])
-    def draw(target):
-        path = tmp_path / "cells" / "s" / f"{target}.json"
-        return transfer_matrix.draw(args, target, common.read_json(path), path)
-    for target in ("news-a", "news-b"):
-        write_cell(tmp_path, "s", target, data, 1)
-    before, between = draw("news-a"), draw("news-b")
-    path = tmp_path / "cells" / "s" / "news-a.scores.jsonl"  # other scores of the same users, little changed
-    write_lines(path, [{**line, "scores": [score + 0.1 * i for i, score in enumerate(line["scores"])]}
-                       for line in list(common.read_lines(path))])
-    assert np.corrcoef(before, draw("news-a"))[0, 1] > 0.8 and abs(np.corrcoef(before, between)[0, 1]) < 0.12
-
-
-def test_reciprocal_rank_average_by_hand():
-    """The README's worked example. On mind, goodreads is first and cds second. On goodreads, cds is first, mind second.
-    On cds, mind and goodreads tie, so each is first half of the time: (1 + 0) / 2 at K = 1, (1 + 1/2) / 2 beyond."""
-    table = {"mind":      {"mind": 0.70, "goodreads": 0.60, "cds": 0.58},
-             "goodreads": {"mind": 0.60, "goodreads": 0.72, "cds": 0.58},
-             "cds":       {"mind": 0.55, "goodreads": 0.62, "cds": 0.69}}
-    rra = common.reciprocal_rank_average
-    assert rra(table, 1) == {"mind": (0 + 0.5) / 2, "goodreads": (1 + 0.5) / 2, "cds": (0 + 1) / 2}
-    assert rra(table, 3) == {"mind": (0.5 + 0.75) / 2, "goodreads": (1 + 0.75) / 2, "cds": (0.5 + 1) / 2}
-
-
-def test_matrix_gives_rra_of_its_own_numbers(data, tmp_path, monkeypatch):
+def test_rra_of_its_own_numbers_with_intervals(data, tmp_path, monkeypatch):
     Fakes(monkeypatch, lambda source, target: len(source) / 10)
     assert run_matrix(data, tmp_path, "--k", "1", "2") == 0
     matrix, cells = read_matrix(tmp_path)
     assert matrix["rra"].keys() == {"1", "2"} and matrix["rra"]["2"].keys() == {"news-a", "news-b", "shop"}
     for k in (1, 2):
         terms = []
-        for t in ("news-b", "books-a", "shop"):
-            better = sum(cells[s][t]["value"] > cells["news-a"][t]["value"] for s in ("news-b", "shop") if s != t)
-            terms.append(1 / (better + 1) if better < k else 0)
-        assert matrix["rra"][str(k)]["news-a"] == pytest.approx(np.mean(terms))
+        for target in ("news-b", "books-a", "shop"):
+            value = cells["news-a"][target]["value"]
+            above = sum(cells[other][target]["value"] > value for other in ("news-b", "shop") if other != target)
+            terms.append(1 / (above + 1) if above < k else 0)
+        value, (low, high) = matrix["rra"][str(k)]["news-a"]
+        assert value == pytest.approx(np.mean(terms)) and 0 <= low <= value <= high <= 1 and low < high
+
+
+def test_h_minus_g(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch, lambda source, target: 2.0 if target in source else 0.5)
+    sources = ["news-a+books-a", "news-b+books-a", "shop"]
+    assert run_matrix(data, tmp_path, sources=sources) == 0
+    matrix, cells = read_matrix(tmp_path)
+    joint = matrix["joint_gain"]
+    assert joint["targets"] == ["news-a", "news-b"]  # books-a has no G, shop no H
+    gains = [cells["news-a+books-a"]["news-a"]["value"] - cells["news-b+books-a"]["news-a"]["value"],
+             cells["news-b+books-a"]["news-b"]["value"] - cells["news-a+books-a"]["news-b"]["value"]]
+    assert joint["value"] == pytest.approx(np.mean(gains)) and 0 < joint["ci"][0] < joint["value"] < joint["ci"][1]
+    assert "mean over news-a, news-b: +0." in (tmp_path / "matrix.md").read_text()
+    assert run_matrix(data, tmp_path / "none", sources=["shop"]) == 0
+    assert "no target has cells of both" in (tmp_path / "none/matrix.md").read_text()
+
+
+def test_warnings_about_trainings(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch, lambda source, target: 0.0, unstable=True, beats_base=False, valid_chain=["books-b"])
+    assert run_matrix(data, tmp_path, sources=["shop"], targets=["news-a"]) == 0
+    written = (tmp_path / "matrix.md").read_text()
+    for warning in ("Unstable training: shop.", "Validated on other sets: shop.",
+                    "Never better than the base model on validation users: shop."):
+        assert warning in written
 
 
 def test_rank_correlation_by_hand():
-    rho = transfer_matrix.rank_correlation
-    assert rho([(1, 5), (2, 6), (3, 7)]) == pytest.approx(1) and rho([(1, 7), (2, 6), (30, 5)]) == pytest.approx(-1)
+    def rho(a, b):
+        return transfer_matrix.rank_correlation(np.array(a, float), np.array(b, float))
+    assert rho([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and rho([1, 2, 30], [7, 6, 5]) == pytest.approx(-1)
     intelligence = [106, 86, 100, 101, 99, 103, 97, 113, 112, 110]  # Wikipedia's example
     television = [7, 0, 27, 50, 28, 29, 20, 12, 6, 17]
-    assert rho(list(zip(intelligence, television))) == pytest.approx(-29 / 165)
-    assert rho([(1, 1), (2, 2), (2, 3), (4, 4)]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4
-    assert rho([(1, 1), (1, 2), (1, 3)]) is None and rho([(1, 1), (2, 2)]) is None and rho([]) is None
+    assert rho(intelligence, television) == pytest.approx(-29 / 165)
+    assert rho([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4
+    assert rho([1, 1, 1], [1, 2, 3]) is None and rho([1, 2], [1, 2]) is None and rho([], []) is None
 
 
-def test_foresight_pairs_single_sources_with_other_targets(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else len(source + target) / 5)
-    assert run_matrix(data, tmp_path) == 0
-    matrix, cells = read_matrix(tmp_path)
-    pairs = matrix["foresight"]["pairs"]
-    assert sorted((p["source"], p["target"]) for p in pairs) == sorted(
-        (s, t) for s in ("news-a", "news-b", "shop") for t in TARGETS if s != t)
-    for pair in pairs:
-        assert pair["gain"] == cells[pair["source"]][pair["target"]]["gain"]
-        assert pair["overlap"] == len(pair["source"] + pair["target"]) / 100
-    rho = transfer_matrix.rank_correlation([(p["overlap"], p["gain"]) for p in pairs])
-    assert matrix["foresight"]["cosine"] is None and matrix["foresight"]["overlap"] == rho
-    assert f"9 pairs of source and target: cosine of mean item embeddings undefined, vocabulary overlap {rho:+.2f}" in (
-        tmp_path / "matrix.md").read_text()
-    monkeypatch.setattr(transfer_matrix, "likeness", None)  # kept, so not called again, though the table is another one
-    assert run_matrix(data, tmp_path, "--metric", "mrr") == 0
-    assert len(read_matrix(tmp_path)[0]["foresight"]["pairs"]) == 9
-
-
-def test_likeness_that_fails_leaves_the_matrix(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch)
-    def fail(args, names):
-        raise common.UserError("no such model")
-    monkeypatch.setattr(transfer_matrix, "likeness", fail)
-    assert run_matrix(data, tmp_path) == 1
-    matrix, cells = read_matrix(tmp_path)
-    assert matrix["failed"] == ["likeness of the datasets (no such model)"] and matrix["foresight"] is None
-    assert all(all(row.values()) for row in cells.values()) and Path(tmp_path, "matrix.svg").exists()
-
+# --------------------------------------------------------------------------------------------------------------- picture
 
 NASTY = 'a "<b>&\'\x07 '
 
@@ -403,126 +313,79 @@ def test_svg_is_valid_whatever_the_names(data, tmp_path, monkeypatch):
     assert run_matrix(data, tmp_path) == 0
     matrix = read_matrix(tmp_path)[0]
     nasty = json.loads(json.dumps({**matrix, "model": NASTY}).replace('"shop', '"' + json.dumps(NASTY)[1:-1]))
-    for this in (matrix, nasty):
-        root = ElementTree.fromstring(transfer_matrix.draw_svg(this))
+    for one in (matrix, nasty):
+        root = ElementTree.fromstring(transfer_matrix.draw_svg(one))
         elements = [element for element in root.iter() if element.tag.endswith("text")]
         texts = [element.text or "" for element in elements]
-        assert {"tested on", "trained on", "mean", "news", "book"} <= set(texts)
+        assert {"mean", "news", "book"} <= set(texts)
         assert texts.count("C") == texts.count("H") == 3
-        cells = [row["cells"][t] for row in this["rows"] for t in [*this["targets"], "mean"]]
+        cells = [cell for row in one["rows"] for cell in row["cells"].values()]
         assert {f"{cell['value']:.3f}" for cell in cells} <= set(texts)
-        for sign, mark in ("▲", "better"), ("▼", "worse"):
+        for sign, mark in (("▲", "better"), ("▼", "worse")):
             assert texts.count(sign) == sum(cell["mark"] == mark for cell in cells) > 0
-        *_, width, height = map(float, root.get("viewBox").split())
         for element in elements:
-            if element.text != "trained on":  # turned
-                assert 0 <= float(element.get("x")) <= width and 0 <= float(element.get("y")) <= height
+            assert 0 <= float(element.get("x")) <= float(root.get("width"))
+            assert 0 <= float(element.get("y")) <= float(root.get("height"))
     assert NASTY.replace("\x07", "?").strip() in " ".join(texts)
 
 
-def luminance(colour):
-    """Relative luminance of #rrggbb (WCAG 2)."""
-    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return np.dot([0.2126, 0.7152, 0.0722], linear)
+# --------------------------------------------------------------------------------------------------------------- compare
 
 
-def test_numbers_can_be_read_on_every_colour():
-    for shade in np.linspace(-1, 1, 81):
-        cell = {"value": 0.5, "value_ci": [0, 1], "gain": shade, "gain_ci": [0, 1], "mark": "better"}
-        svg = "".join(transfer_matrix.draw_cell(0, 0, cell, 1.0))
-        ground, *inks = re.findall('fill="(#[0-9a-f]{6})"', svg)
-        dark, light = sorted((luminance(ground), luminance(inks[0])))
-        assert (light + 0.05) / (dark + 0.05) >= 4.5 and len(set(inks)) == 1, (shade, ground, inks)
-    blue, orange = (transfer_matrix.colour(shade) for shade in (0.7, -0.7))
-    assert int(blue[5:], 16) > int(blue[1:3], 16) and int(orange[1:3], 16) > int(orange[5:], 16)
+def compared(folders, capsys):
+    """Exit code and the table's rows of --compare."""
+    capsys.readouterr()
+    code = common.run(transfer_matrix.main, ["--compare", *map(str, folders)])
+    out = capsys.readouterr().out
+    return code, [[word.strip() for word in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
 
 
-def canned_matrix(folder, values, metric="auc", model="m", sha256="0"):
-    """A matrix.json with nothing but numbers, {source: (on news-a, on books-a)}; returns the folder."""
-    def cell(source, target, value):
-        train = [] if source == "zero-shot" else source.split("+")
-        return {"value": value, "setting": common.setting_of(train, target), "data_sha256": sha256,
-                "n_users": 9} if value else {}
-    rows = [{"source": source, "cells": {t: cell(source, t, v) for t, v in zip(("news-a", "books-a"), row)}}
-            for source, row in values.items()]
-    common.write_json(Path(folder, "matrix.json"), {"model": model, "type": "prompt", "metric": metric, "rows": rows,
-                                                    "targets": ["news-a", "books-a"]})
-    return str(folder)
+def test_compare_models_by_setting(data, tmp_path, monkeypatch, capsys):
+    means = {}
+    for name, strength in (("small", 0.5), ("large", 2.0)):
+        Fakes(monkeypatch, lambda source, target: strength)
+        assert run_matrix(data, tmp_path / name) == 0
+        cells = read_matrix(tmp_path / name)[1]
+        means[name] = np.mean([cell["value"] for row in cells.values() for t, cell in row.items()
+                               if t != "mean" and cell["setting"] == "F"])
+    code, rows = compared([tmp_path / "small", tmp_path / "large"], capsys)
+    assert code == 0 and rows[0] == ["auc", "A/B", "C", "D", "E", "F", "G", "H", "H - G"]
+    for name, row in zip(means, rows[2:]):
+        assert row[0] == f"m, prompt ({tmp_path / name})" and row[5] == f"{means[name]:.3f} (9)"
+    assert means["large"] > means["small"] + 0.1
 
 
-def test_compare_models_by_setting(tmp_path, capsys):
-    small = canned_matrix(tmp_path / "s", {
-        "zero-shot": (0.50, 0.52), "shop": (0.40, 0.50), "books-b": (0.60, 0.70), "books-a+shop": (0.55, 0.80),
-        "news-a+shop": (0.70, 0.60)})
-    large = canned_matrix(tmp_path / "l", model="large", values={
-        "zero-shot": (0.60, 0.62), "shop": (0.50, None), "books-b": (0.60, 0.80), "books-a+shop": (0.65, 0.90),
-        "news-a+shop": (0.90, None)})
-    compare = lambda *folders: common.run(transfer_matrix.main, ["--compare", *folders])
-    assert compare(small, large) == 0
-    lines = [[word.strip() for word in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "G (1)", "H (2)", "H - G (1)"]  # G on books-a lacks in one
-    assert lines[2] == [f"m, prompt ({small})", "0.510", "0.700", "0.500", "0.550", "0.750", "+0.150"]
-    assert lines[3] == [f"large, prompt ({large})", "0.610", "0.800", "0.550", "0.650", "0.900", "+0.250"]
-    fewer = canned_matrix(tmp_path / "f", {"zero-shot": (0.60, 0.62), "books-b": (0.65, 0.75)})  # without shop (F)
-    assert compare(small, fewer) == 0
-    lines = [[word.strip() for word in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["auc", "B (2)", "D (1)", "F (1)", "H - G (0)"]
-    assert [line[1:4] for line in lines[2:4]] == [["0.510", "0.700", "0.600"], ["0.610", "0.750", "0.650"]]
-    elsewhere = canned_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, sha256="1")
-    assert compare(small, elsewhere) == 2 and "different users of news-a" in capsys.readouterr().err
-    other = canned_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr")
-    assert compare(small, other) == 2 and "different metrics: auc, mrr" in capsys.readouterr().err
-    assert compare(str(tmp_path)) == 2 and compare(other) == 0
+def test_matrices_of_other_metrics_or_users_are_not_compared(data, tmp_path, monkeypatch, capsys):
+    Fakes(monkeypatch)
+    small = {"sources": ["shop"], "targets": ["shop"]}
+    assert run_matrix(data, tmp_path / "auc", **small) == run_matrix(data, tmp_path / "mrr", "--metric", "mrr", **small) == 0
+    assert run_matrix(data, tmp_path / "few", "--evaluate-args=--limit-users 9", **small) == 0
+    for other in ("mrr", "few"):
+        code, _ = compared([tmp_path / "auc", tmp_path / other], capsys)
+        assert code == 2
+
+
+# -------------------------------------------------------------------------------------------------------- with a model
 
 
 def test_a_tiny_model_from_training_to_picture(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "shop", "news-a+shop", "--targets", "shop",
-            "books-a", "--out", str(out), "--data", data, "--device", "cpu", "--finetune-args=--epochs 1 --lora-r 4",
-            "--evaluate-args=--limit-users 30"]
+            "books-a", "news-b", "news-a", "--out", str(out), "--data", data, "--device", "cpu",
+            "--finetune-args=--epochs 1 --lora-r 4 --lr 0.01", "--evaluate-args=--limit-users 30"]
     assert common.run(transfer_matrix.main, argv) == 0
     first = {path.name: path.read_bytes() for path in out.glob("matrix.*")}
     matrix, cells = read_matrix(out)
     assert sorted(first) == ["matrix.csv", "matrix.json", "matrix.md", "matrix.svg"]
     assert cells["shop"]["books-a"]["n_users"] == 30 and matrix["rows"][1]["training"]["samples"] == 320
-    assert -1 < matrix["foresight"]["pairs"][0]["cosine"] < 1
+    pairs = matrix["similarity"]["pairs"]
+    assert {(pair["source"], pair["target"]) for pair in pairs} == {("shop", t) for t in ("books-a", "news-b", "news-a")}
+    assert all(-1 < pair["cosine"] < 1 for pair in pairs) and -1 <= matrix["similarity"]["rank_correlation"] <= 1
     capsys.readouterr()
-
-    monkeypatch.setattr(common, "load_scorer", lambda args: pytest.fail("a model was loaded"))
-    started = time.perf_counter()
+    monkeypatch.setattr(finetune, "main", None)
+    monkeypatch.setattr(evaluate, "main", None)
     assert common.run(transfer_matrix.main, argv) == 0 and "$ " not in capsys.readouterr().out
-    for name in ("matrix.csv", "matrix.md", "matrix.svg"):
-        (out / name).unlink()
-    for folder in ("cells", "runs"):
-        (out / folder).rename(tmp_path / folder)
-    transfer_matrix.redraw(out)  # from matrix.json alone
-    assert time.perf_counter() - started < 10
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
-
-    for folder in ("cells", "runs"):
-        (tmp_path / folder).rename(out / folder)
     assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 2  # other arguments: nothing is run or replaced
-    err = capsys.readouterr().err
-    assert "zero-shot/shop.json was made with other arguments" in err and err.count("\n") == 1
+    assert "made with other seed" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
-
-
-def test_likeness_of_datasets(tmp_path):
-    texts = {"news-a": ["red MOON storm", "old storm"], "books-a": ["Red moon", "moon: night"],
-             "news-b": ["red MOON storm", "old storm"]}
-    for name, items in texts.items():
-        write_dataset(tmp_path, name)
-        write_lines(tmp_path / name / "items.jsonl", [{"id": str(i), "text": text} for i, text in enumerate(items)])
-    argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "news-a", "--targets", "news-a",
-            "--out", "x", "--data", str(tmp_path), "--device", "cpu"]
-    alike = transfer_matrix.likeness(transfer_matrix.arguments(argv), list(texts))
-    assert len(alike) == 6 and alike["news-a books-a"] == alike["books-a news-a"]
-    assert alike["news-a news-b"] == {"cosine": pytest.approx(1), "overlap": 1}
-    assert alike["news-a books-a"]["overlap"] == 2 / 5  # red and moon of red, moon, storm, old, night
-    scorer = common.load_scorer(transfer_matrix.arguments([*argv, "--type", "embed"]))
-    embed = lambda text: common.embed(scorer, scorer.encode([text]))[0].detach().double().numpy()
-    mean = lambda name: np.mean([embed(text) for text in texts[name]], 0)
-    a, b = mean("news-a"), mean("books-a")
-    expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert alike["news-a books-a"]["cosine"] == pytest.approx(expected, abs=1e-5) and expected < 0.999

@@ -18,7 +18,7 @@ PER_USER = [name for name in common.METRIC_NAMES if name != "auc"]
 def metrics_of(scores, labels):
     """{metric: value} of one user, cut-offs beyond those that are reported included."""
     scores, labels = np.array(scores, float), np.array(labels)
-    values = common.user_metrics(scores, labels)
+    values = {name: common.user_metric(name, scores, labels) for name in PER_USER}
     for k in (2, 3, 4):
         values[f"ndcg@{k}"] = common.ndcg(scores, labels, k)
         values[f"hit@{k}"] = common.hit(scores, labels, k)
