@@ -4,20 +4,18 @@ import json
 
 import bench
 
-KEYS = {"one_at_a_time", "batched", "packed", "packed_over_one", "max_abs_diff", "tokens_unpacked", "tokens_packed",
-        "matmul_share"}
+KEYS = {"batched", "packed", "packed_over_one", "max_abs_diff", "tokens_unpacked", "tokens_packed", "matmul_share"}
 
 
 def test_the_benchmark_prints_every_case_and_its_ways_agree(capsys):
     bench.main("--shape tiny --users 4 --history 3 --candidates 9 --sweep 2 4 --rounds 1".split())
     cases = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [case["case"] for case in cases] == ["score", "candidates", "candidates", "embed", "train", "metrics"]
+    assert [case["case"] for case in cases] == ["score", "candidates", "candidates", "embed", "train"]
     assert [case.get("candidates") for case in cases[:3]] == [None, 2, 4]
     for case in cases:
         assert KEYS <= set(case) and case["packed"] > 0 and case["max_abs_diff"] < 1e-5
-        if case["case"] != "metrics":
-            assert case["tokens_packed"] < case["tokens_unpacked"] and case["batched"] > 0 < case["matmul_share"]
-        if case["one_at_a_time"]:
+        assert case["tokens_packed"] < case["tokens_unpacked"] and case["batched"] > 0 < case["matmul_share"]
+        if case["packed_over_one"]:
             assert case["packed_over_one"] == case["packed"] / case["one_at_a_time"]
 
 
