@@ -56,8 +56,11 @@ def test_commands_run(tmp_path, monkeypatch):
         argv = ["data/demo-model" if word == HUB_MODEL else word for word in argv]
         if script == "finetune.py":
             argv += ["--epochs", "1"]
+        if script == "evaluate.py":
+            argv += ["--limit-users", "40"]
         if script == "transfer_matrix.py":  # the others are more of it
             argv = [re.sub(r"^--finetune-args=.*", "--finetune-args=--epochs 1", word) for word in argv]
+            argv += ["--evaluate-args=--limit-users 40"]
             argv[argv.index("--sources") + 1:argv.index("--targets")] = ["news-a", "news-a+shop"]
         assert common.run(SCRIPTS[script].main, argv) == 0, argv
         ran += 1
