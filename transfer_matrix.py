@@ -4,17 +4,17 @@
     ... --dry-run | grep finetune.py | parallel        then        ... --dry-run | grep evaluate.py | parallel
     python transfer_matrix.py --compare matrix matrix-of-a-larger-model
 
-Rows: the base model (zero-shot) and the model trained on each source (a+b: on both). Columns: test sets, and their mean.
-A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs; what is finished already is
-not run again. Writes to OUT: matrix.json (everything), .csv, .md (also printed), .svg (a heat map), runs/<source>/ and
+Rows: the base model (zero-shot) and the model trained on each source (a+b: jointly on both). Columns: test sets.
+A training is a finetune.py command line, a cell an evaluate.py one, printed before it runs; what is finished is not run
+again. Writes to OUT: matrix.json (everything), .csv, .md (also printed), .svg (a heat map), runs/<source>/ and
 cells/<source>/.
 """
 import argparse
 import html
-import math
 import os
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ import evaluate
 import finetune
 from common import UserError, say
 
-ZERO = "zero-shot"
+ZERO = "zero-shot"  # the row of the base model
+DRAWS = 1000  # of the bootstrap, per cell
 SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -38,21 +39,19 @@ def arguments(argv):
     add("--metric", choices=common.METRIC_NAMES, default="auc", help="metric in the cells")
     add("--k", nargs="+", type=common.positive, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
-    add("--finetune-args", default="", metavar="'...'", help="more for finetune.py: --finetune-args='--lr 1e-3'")
-    add("--evaluate-args", default="", metavar="'...'", help="more for evaluate.py")
+    add("--finetune-args", type=shlex.split, default="", help="more for finetune.py: --finetune-args='--lr 1e-3'")
+    add("--evaluate-args", type=shlex.split, default="", help="more for evaluate.py")
     add("--compare", nargs="+", metavar="DIR", help="print one table over several matrices: models by setting")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
-    if args.compare:
-        return args
-    if not (args.model and args.sources and args.targets and args.out) or args.model in evaluate.BASELINES:
+    args.sources = list(dict.fromkeys(args.sources or []))  # none twice
+    args.targets = list(dict.fromkeys(args.targets or []))
+    complete = args.model and args.sources and args.targets and args.out
+    if not args.compare and (not complete or args.model in evaluate.BASELINES):
         parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
-    args.sources = list(dict.fromkeys(args.sources))
-    args.targets = list(dict.fromkeys(args.targets))
-    try:
-        args.finetune_args, args.evaluate_args = shlex.split(args.finetune_args), shlex.split(args.evaluate_args)
-    except ValueError as error:
-        parser.error(f"--finetune-args or --evaluate-args: {error}")
+    for word in [*args.finetune_args, *args.evaluate_args]:
+        if word.split("=")[0] in ("--model", "--train", "--test", "--out", "--adapter"):
+            parser.error(f"{word} is the matrix's to give")
     return args
 
 
@@ -61,50 +60,35 @@ def main(argv=None):
     if args.compare:
         print(compare(args.compare))
         return 0
-    missing = []
-    for source in [ZERO, *args.sources]:  # what is wrong or in the way is said before hours of training
-        for target in [None, *args.targets]:
-            if (source, target) != (ZERO, None) and not is_finished(*command(args, source, target)):
-                missing.append((source, target))
+    missing, domains = find_missing(args)
     if args.dry_run:
-        for source, target in sorted(missing, key=is_cell):  # trainings first
+        for source, target in missing:
             print(command_line(*command(args, source, target)))
         return 0
-
-    done, failed = [], []
-    for source in [ZERO, *args.sources]:
-        if (source, None) in missing and not perform(*command(args, source, None)):
-            failed.append(f"training on {source}")
-            continue  # no cells without their training
-        for target in args.targets:
-            if (source, target) not in missing or perform(*command(args, source, target)):
-                done.append((source, target))
-            else:
-                failed.append(f"{source} on {target}")
-    matrix = analyse(args, done)
-    try:
-        matrix["similarity"] = similarity(args, matrix)
-    except UserError as error:
-        failed.append(f"similarity of the datasets ({error})")
-    matrix["failed"] = failed
+    failed = run_missing(args, missing)
+    matrix = analyse(args, domains, failed)
+    tables = markdown(matrix)
     common.write_json(Path(args.out, "matrix.json"), matrix)
     common.write_atomically(Path(args.out, "matrix.csv"), comma_separated(matrix))
-    common.write_atomically(Path(args.out, "matrix.md"), markdown(matrix))
+    common.write_atomically(Path(args.out, "matrix.md"), tables)
     common.write_atomically(Path(args.out, "matrix.svg"), draw_svg(matrix))
-    print(f"\n{markdown(matrix)}\n{args.out}: matrix.json, matrix.csv, matrix.md, matrix.svg")
+    print(f"\n{tables}\n{args.out}: matrix.json, matrix.csv, matrix.md, matrix.svg")
     return 1 if failed else 0
 
 # -------------------------------------------------------------------------------------------------------- command lines
 
+# (source, target) stands for a cell, (source, None) for the training of a source.
+
 
 def command(args, source, target):
-    """(script, arguments) of a cell or, without a target, of a row's training."""
+    """(script, arguments) of a cell or a training."""
     argv = ["--model", args.model, *shared_flags(args)]
-    run, cells = str(Path(args.out, "runs", source)), str(Path(args.out, "cells", source))
+    run = str(Path(args.out, "runs", source))
     if target is None:
         return finetune, [*argv, "--train", *source.split("+"), "--out", run, *args.finetune_args]
     if source != ZERO:
         argv += ["--adapter", run]
+    cells = str(Path(args.out, "cells", source))
     return evaluate, [*argv, "--test", target, "--out", cells, *args.evaluate_args]
 
 
@@ -126,181 +110,173 @@ def command_line(script, argv):
     return shlex.join(["python", os.path.relpath(script.__file__), *argv])
 
 
-def is_cell(source_and_target):
-    return source_and_target[1] is not None
+def find_missing(args):
+    """(what is not finished, [(source, target)], in the order to run it; {dataset: domain}).
+
+    The scripts themselves are asked. Raises UserError on a wrong argument, a dataset that is not prepared, or the
+    output of other arguments in the way: all of it is said before hours of training.
+    """
+    missing, metas = [], {}
+    for source in [ZERO, *args.sources]:
+        if source != ZERO:
+            run_args = finetune.arguments(command(args, source, None)[1])
+            metas.update(finetune.check_train(run_args))
+            state, _ = finetune.saved_state(run_args, finetune.job_of(run_args))
+            if state != "finished":
+                missing.append((source, None))
+        for target in args.targets:
+            cell_args = evaluate.arguments(command(args, source, target)[1])
+            metas.update(common.check_datasets([target], cell_args.data, cell_args.split))
+            state = evaluate.state_of(cell_args, target, evaluate.job_of(cell_args, target))
+            if state != "finished":
+                missing.append((source, target))
+    return missing, common.domains_of(metas)
 
 
-def is_finished(script, argv):
-    """Whether what a command line makes is there. Raises UserError on a wrong argument or another output in its way."""
-    args = script.arguments(argv)
-    if script is finetune:
-        finetune.check_train(args)
-        return finetune.saved_state(args, finetune.job_of(args))[0] == "finished"
-    evaluate.check_tests(args)
-    target = args.test[0]
-    return evaluate.state_of(args, target, evaluate.job_of(args, target)) == "finished"
-
-
-def perform(script, argv):
-    """Run a command line; returns whether it succeeded."""
-    print(f"$ {command_line(script, argv)}", flush=True)
-    try:
-        code = common.run(script.main, argv)
-    except Exception as error:  # whatever it is, the other cells are still worth having
-        say(f"error: {type(error).__name__}: {error}")
-        code = 1
-    if code == 130:  # Ctrl-C
-        sys.exit(code)
-    if code:
-        say(f"failed, left empty: {command_line(script, argv)}")
-    return code == 0
+def run_missing(args, missing):
+    """Run the command lines of what is missing. Returns what failed, [(source, target)]."""
+    failed = []
+    for source, target in missing:
+        if (source, None) in failed:  # there is no adapter to test
+            failed.append((source, target))
+            continue
+        script, argv = command(args, source, target)
+        print(f"$ {command_line(script, argv)}", flush=True)
+        try:
+            code = common.run(script.main, argv)
+        except Exception as error:  # whatever it is, the other cells are still worth having
+            say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
+            code = 1
+        if code == 130:  # Ctrl-C
+            sys.exit(code)
+        if code:
+            failed.append((source, target))
+    return failed
 
 # ------------------------------------------------------------------------------------------------------------- analysis
 
+# An estimate is {"value": number, "ci": [low, high]}. A sample is an array (1 + DRAWS,): a value, then its bootstrap
+# draws. Of one target they are paired, since the same users are drawn for every source, and may be subtracted.
 
-def analyse(args, done):
-    """What matrix.json holds, from the results of the cells that are done, [(source, target)]."""
-    metas = common.check_datasets(args.targets, args.data, "test") if not args.evaluate_args else {}
-    domains = common.domains_of(metas)
-    rows, draws = [], {}
+
+def estimate(sample):
+    """The estimate that a sample gives, None where it is undefined."""
+    if np.isnan(sample[0]):
+        return None
+    return {"value": float(sample[0]), "ci": common.interval(sample[1:])}
+
+
+def analyse(args, domains, failed):
+    """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py; failed cells are empty."""
+    cells, samples, runs = [], {}, {}
     for source in [ZERO, *args.sources]:
-        run = {}
-        if source != ZERO and Path(args.out, "runs", source, "run.json").exists():
-            run = common.read_json(Path(args.out, "runs", source, "run.json"))
-        domains.update(run.get("domains", {}))
-        cells = {}
+        train = [] if source == ZERO else source.split("+")
+        if source != ZERO and (source, None) not in failed:
+            runs[source] = common.read_json(Path(args.out, "runs", source, "run.json"))
+            train = runs[source]["train_chain"]  # more than --train after --init-adapter
+            domains = {**domains, **runs[source]["domains"]}
         for target in args.targets:
-            if (source, target) in done:
-                cells[target], draws[source, target] = read_cell(args, source, target)
-                cells[target]["setting"] = common.setting_of(run.get("train_chain", []), target, domains)
-                compare_with_zero(cells[target], rows, draws, source, target)
-        cells["mean"] = mean_cell(cells, draws, source, args.targets)
-        rows.append({"source": source, "cells": cells, "training": training_of(run)})
-    gains = [cell for row in rows for name, cell in row["cells"].items() if name != "mean" and cell.get("gain_ci")]
-    marks = {"compared": len(gains), "by_chance": len(gains) / 20}
-    for mark in ("better", "worse"):
-        marks[mark] = sum(cell["mark"] == mark for cell in gains)
-    return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "targets": args.targets,
-            "domains": {name: domains.get(name) for name in [*args.targets, *args.sources]}, "rows": rows,
-            "marks": marks, "rra": rra(args, rows, draws), "joint_gain": joint_gain(rows, draws, args.targets)}
+            cell = {"source": source, "target": target, "setting": common.setting_of(train, target, domains),
+                    "value": None, "ci": None, "gain": None, "mark": ""}
+            if (source, target) not in failed:
+                read_cell(args, cell, samples)
+            cells.append(cell)
+    try:
+        similar = similarity(args, cells)
+    except UserError as error:  # the cells are worth having without it
+        say(f"no similarity of the datasets: {error}")
+        similar = {"pairs": 0, "rank_correlation": None}
+    return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "k": args.k,
+            "targets": args.targets, "domains": domains, "cells": cells, "runs": runs, "failed": failed,
+            "rra": rank_averages(args, samples), "joint_gain": joint_gain(cells, samples),
+            "similarity": similar}
 
 
-def read_cell(args, source, target):
-    """(a cell's value and facts, its bootstrap draws) from the files of evaluate.py."""
+def read_cell(args, cell, samples):
+    """Fill a cell from the files of evaluate.py; samples: {(source, target): sample}, where the value is defined."""
+    source, target = cell["source"], cell["target"]
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
-    users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
-    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
-    # one seed per target: draws are paired within a column and independent between columns
-    draws = common.bootstrap(scored, [args.metric], seed=common.digest(args.seed, target))[args.metric]
-    cell = {"value": result[args.metric], "ci": result["ci"][args.metric], "gain": None, "gain_ci": None, "mark": ""}
     for key in ("n_users", "n_samples", "collapsed", "data_sha256"):
         cell[key] = result[key]
-    return cell, draws
-
-
-def compare_with_zero(cell, rows, draws, source, target):
-    """Enter the difference from the zero-shot cell of the target, its paired interval and the mark."""
-    zero = rows[0]["cells"].get(target) if rows else None
-    if not zero or cell["value"] is None or zero["value"] is None:
+    if result[args.metric] is None:
         return
-    cell["gain"] = cell["value"] - zero["value"]
-    cell["gain_ci"] = common.interval(draws[source, target] - draws[ZERO, target])
-    if cell["gain_ci"][0] > 0:
-        cell["mark"] = "better"
-    if cell["gain_ci"][1] < 0:
-        cell["mark"] = "worse"  # negative transfer
+    cell["value"], cell["ci"] = result[args.metric], result["ci"][args.metric]
+    users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
+    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
+    seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
+    draws = common.bootstrap(scored, [args.metric], DRAWS, seed)[args.metric]
+    samples[source, target] = np.array([cell["value"], *draws])
+    if source != ZERO and (ZERO, target) in samples:
+        cell["gain"] = estimate(samples[source, target] - samples[ZERO, target])
+        low, high = cell["gain"]["ci"]
+        if low > 0:
+            cell["mark"] = "better"
+        if high < 0:
+            cell["mark"] = "worse"  # negative transfer
 
 
-def mean_cell(cells, draws, source, targets):
-    """The mean over all targets as a cell; {} where one is missing or undefined."""
-    if any(cells.get(target, {}).get("value") is None for target in targets):
-        return {}
-    values = [cells[target]["value"] for target in targets]
-    sampled = [draws[source, target] for target in targets]
-    return {"value": float(np.mean(values)), "ci": common.interval(np.mean(sampled, axis=0)), "gain": None, "mark": ""}
-
-
-def training_of(run):
-    """What a row of the matrix tells about its training."""
-    keys = ("train_chain", "valid_chain", "steps", "samples", "seconds", "unstable", "beats_base")
-    return {key: run[key] for key in keys if key in run}
-
-
-def rra(args, rows, draws):
-    """{K: {single source: [RRA@K, its 95% interval]}}, the interval from the cells' draws."""
-    singles = [row for row in rows if "+" not in row["source"] and row["source"] != ZERO]
-    values, sampled = {}, [{} for _ in range(1000)]  # {source: {target: metric}}, as it is and in every draw
-    for row in singles:
-        source = row["source"]
-        values[source] = {target: row["cells"].get(target, {}).get("value") for target in args.targets}
-        for i, table in enumerate(sampled):
-            table[source] = {}
-            for target in args.targets:
-                value = draws[source, target][i] if (source, target) in draws else math.nan
-                table[source][target] = None if math.isnan(value) else value
+def rank_averages(args, samples):
+    """RRA@K of the single sources, {source: {K: estimate}}: every draw gives a table, and a table an RRA."""
+    defined = np.isfinite(sum(samples.values()))  # a draw in which a cell is undefined has no ranks
+    tables = []
+    for i in np.flatnonzero(defined):
+        table = {}
+        for (source, target), sample in samples.items():
+            if source != ZERO and "+" not in source:
+                table.setdefault(source, {})[target] = sample[i]
+        tables.append(table)
     result = {}
     for k in args.k:
-        averages = common.reciprocal_rank_average(values, k)
-        drawn = [common.reciprocal_rank_average(table, k) for table in sampled]
-        result[str(k)] = {}
-        for source, average in averages.items():
-            of_source = np.array([one[source] for one in drawn], float)  # None becomes NaN, which is left out
-            result[str(k)][source] = [average, common.interval(of_source)]
+        averages = [common.reciprocal_rank_average(table, k) for table in tables]
+        for source in averages[0]:
+            sample = np.array([average[source] for average in averages], float)
+            result.setdefault(source, {})[str(k)] = estimate(sample)
     return result
 
 
-def joint_gain(rows, draws, targets):
-    """H - G: what a target's own data adds to joint training, the mean over targets that have cells of both; or None."""
-    used, values, sampled = [], [], []
-    for target in targets:
-        by_letter = {"G": [], "H": []}
-        for row in rows:
-            cell = row["cells"].get(target, {})
-            if cell.get("setting") in by_letter and cell["value"] is not None:
-                by_letter[cell["setting"]].append((cell["value"], draws[row["source"], target]))
-        if by_letter["G"] and by_letter["H"]:
-            (g, g_draws), (h, h_draws) = mean_pair(by_letter["G"]), mean_pair(by_letter["H"])
-            used.append(target)
-            values.append(h - g)
-            sampled.append(h_draws - g_draws)
-    if not used:
-        return None
-    return {"targets": used, "value": float(np.mean(values)), "ci": common.interval(np.mean(sampled, axis=0))}
+def joint_gain(cells, samples):
+    """H - G, what a target's own data adds to joint training: {target: estimate}, where there are cells of both."""
+    by_target = {}  # {target: {letter: [sample]}}
+    for cell in cells:
+        key = cell["source"], cell["target"]
+        if key in samples:
+            by_letter = by_target.setdefault(cell["target"], {})
+            by_letter.setdefault(cell["setting"], []).append(samples[key])
+    result = {}
+    for target, by_letter in by_target.items():
+        if "G" in by_letter and "H" in by_letter:
+            with_target = np.mean(by_letter["H"], axis=0)
+            without = np.mean(by_letter["G"], axis=0)
+            result[target] = estimate(with_target - without)
+    return result
 
 
-def mean_pair(cells):
-    """The means of values and of draws of cells, [(value, draws)]."""
-    return np.mean([value for value, _ in cells]), np.mean([draws for _, draws in cells], axis=0)
+def similarity(args, cells):
+    """Does similarity go with transfer? Spearman's correlation with the gain, over single sources and other targets.
 
-
-def similarity(args, matrix):
-    """Does similarity go with transfer? Cosine of the datasets' mean item embeddings against the gain, over pairs of a
-    single source and another target: {"pairs": ..., "rank_correlation": Spearman's, None where it is undefined}."""
-    scorer = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
-    pairs, means = [], {}
-    for row in matrix["rows"]:
-        source = row["source"]
-        for target in args.targets:
-            gain = row["cells"].get(target, {}).get("gain")
-            if gain is None or "+" in source or source == target:
-                continue
-            for name in (source, target):
-                if name not in means:
-                    texts = list(common.read_items(args.data, name).values())[:500]
-                    vectors = common.embed_ids(scorer, common.encode_items(scorer, [text[:512] for text in texts]))
-                    mean = np.mean(vectors, axis=0)
-                    means[name] = mean / np.linalg.norm(mean)
-            cosine = float(means[source] @ means[target])
-            pairs.append({"source": source, "target": target, "cosine": cosine, "gain": gain})
-    cosines = np.array([pair["cosine"] for pair in pairs])
-    gains = np.array([pair["gain"] for pair in pairs])
-    return {"pairs": pairs, "rank_correlation": rank_correlation(cosines, gains)}
+    Similarity: the cosine of the mean item embeddings of two datasets under the base model, 500 items each.
+    """
+    scorer, means, similarities, gains = None, {}, [], []
+    for cell in cells:
+        pair = cell["source"], cell["target"]
+        if "+" in cell["source"] or pair[0] == pair[1] or not cell["gain"]:
+            continue
+        scorer = scorer or common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
+        for name in pair:
+            if name not in means:
+                texts = [text[:common.TEXT_LIMIT] for text in common.read_items(args.data, name).values()][:500]
+                mean = np.mean(common.embed_ids(scorer, common.encode_items(scorer, texts)), axis=0)
+                means[name] = mean / np.linalg.norm(mean)
+        cell["similarity"] = float(means[pair[0]] @ means[pair[1]])
+        similarities.append(cell["similarity"])
+        gains.append(cell["gain"]["value"])
+    return {"pairs": len(gains), "rank_correlation": rank_correlation(np.array(similarities), np.array(gains))}
 
 
 def rank_correlation(a, b):
-    """Spearman's: the correlation of ranks, ties at their average rank. None below 3 pairs or without spread."""
-    if len(a) < 3 or not np.isfinite(a).all() or np.ptp(a) == 0 or np.ptp(b) == 0:
+    """Spearman's: the correlation of ranks, ties at their average rank. None below 3 values or where all are equal."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     ranks = []
     for values in (a, b):
@@ -310,168 +286,168 @@ def rank_correlation(a, b):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def show(value, interval, form=".3f"):
-    """A value with its interval; "" where there is none."""
-    if value is None or interval is None:
-        return ""
-    return f"{value:{form}} [{interval[0]:.3f}, {interval[1]:.3f}]"
+def show(value, sign=""):
+    """An estimate as text, "" where there is none."""
+    return evaluate.cell(value["value"], value["ci"], sign) if value else ""
 
 
 def markdown(matrix):
-    """The matrix as three tables (the metric; differences from zero-shot; RRA and training) and notes."""
-    columns = [*matrix["targets"], "mean"]
-    values = [[f"{matrix['metric']}, trained on", *columns]]
-    gains = [["difference from zero-shot", *matrix["targets"]]]
-    trainings = [["trained on", *(f"RRA@{k}" for k in matrix["rra"]), "steps", "samples"]]
-    for row in matrix["rows"]:
-        line, gain_line = [row["source"]], [row["source"]]
-        for column in columns:
-            cell = row["cells"].get(column, {})
-            text = show(cell.get("value"), cell.get("ci"))
-            line.append(f"{cell.get('setting', '')} {text} {SIGNS[cell.get('mark', '')]}".strip())
-            if column != "mean":
-                gain_line.append(show(cell.get("gain"), cell.get("gain_ci"), "+.3f"))
-        values.append(line)
-        if row["source"] != ZERO:
-            gains.append(gain_line)
-            ranks = [show(*matrix["rra"][k].get(row["source"], [None, None])) for k in matrix["rra"]]
-            training = [str(row["training"].get(key, "")) for key in ("steps", "samples")]
-            trainings.append([row["source"], *ranks, *training])
-    parts = [f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"]
-    parts += [common.markdown_table(table) for table in (values, gains, trainings)]
-    parts.append("\n".join(f"- {note}" for note in notes(matrix)))
+    """The matrix as three tables (the metric, the gain over zero-shot, RRA@K) and notes."""
+    values, gains = {}, {}  # {source: row}
+    for cell in matrix["cells"]:
+        source = cell["source"]
+        words = f"{cell['setting']} {show(cell)} {SIGNS[cell['mark']]}"
+        values.setdefault(source, [source]).append(words.strip())
+        gains.setdefault(source, [source]).append(show(cell["gain"], "+"))
+    del gains[ZERO]
+    ranks = [["single source", *(f"RRA@{k}" for k in matrix["k"])]]
+    for source, averages in matrix["rra"].items():
+        ranks.append([source, *map(show, averages.values())])
+    parts = [f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based",
+             common.markdown_table([[f"{matrix['metric']}, trained on", *matrix["targets"]], *values.values()]),
+             common.markdown_table([["gain over zero-shot", *matrix["targets"]], *gains.values()]),
+             common.markdown_table(ranks),
+             "\n".join(f"- {note}" for note in notes(matrix))]
     return "\n\n".join(parts) + "\n"
+
+
+def count_marks(matrix):
+    """The two sentences that count better and worse cells."""
+    marks = [cell["mark"] for cell in matrix["cells"] if cell["gain"]]
+    return [f"Of {len(marks)} cells {marks.count('better')} are better than zero-shot (▲) and {marks.count('worse')} "
+            "worse (▼, negative transfer).",
+            f"Marked where the 95% interval of the paired difference excludes 0; by chance {0.025 * len(marks):.1f} "
+            "better and as many worse."]
 
 
 def notes(matrix):
     """What has to be said under the tables."""
-    marks, joint = matrix["marks"], matrix["joint_gain"]
-    lines = [
-        f"▲ better, ▼ worse than zero-shot (negative transfer): the 95% interval of the paired difference excludes 0. "
-        f"Of {marks['compared']} cells {marks['better']} are ▲ and {marks['worse']} ▼; if nothing differed, chance alone "
-        f"would mark {marks['by_chance']:.1f} (5%).",
-        "Intervals are 95% bootstrap intervals: they cover the choice of users, not the luck of a training run.",
-        "RRA@K ranks the single sources and says nothing of harm: the first of two that are worse than zero-shot gets 1.",
-        "H - G, what a target's own data adds to joint training: no target has cells of both settings."]
-    if joint:
-        lines[-1] = (f"H - G, what a target's own data adds to joint training, mean over {', '.join(joint['targets'])}: "
-                     f"{show(joint['value'], joint['ci'], '+.3f')}.")
-    if matrix.get("similarity"):
-        rho = matrix["similarity"]["rank_correlation"]
-        lines.append(f"Rank correlation of the similarity of source and target (cosine of mean item embeddings) with the "
-                     f"difference from zero-shot, over {len(matrix['similarity']['pairs'])} pairs: "
-                     + ("undefined." if rho is None else f"{rho:+.2f}."))
-    collapsed = [target for target, cell in matrix["rows"][0]["cells"].items() if cell.get("collapsed")]
-    warnings = {"Zero-shot collapse, scores as good as chance": collapsed, "Unstable training": [],
-                "Never better than the base model on validation users": [], "Validated on other sets": []}
-    for row in matrix["rows"][1:]:
-        training = row["training"]
-        if training.get("unstable"):
-            warnings["Unstable training"].append(row["source"])
-        if not training.get("beats_base", True):
-            warnings["Never better than the base model on validation users"].append(row["source"])
-        if set(training.get("valid_chain", [])) - set(training.get("train_chain", [])):
-            warnings["Validated on other sets"].append(row["source"])
-    warnings["Failed"] = matrix["failed"]
-    return lines + [f"{what}: {', '.join(names)}." for what, names in warnings.items() if names]
+    lines = [*count_marks(matrix),
+             "Intervals (95%) cover the choice of users, not the luck of a training run.",
+             "RRA@K ranks sources and says nothing of harm: the first of two that both fall below zero-shot gets 1."]
+    for target, gain in matrix["joint_gain"].items():
+        lines.append(f"H - G on {target}, what its own data adds to joint training: {show(gain, '+')}.")
+    if not matrix["joint_gain"]:
+        lines.append("H - G, what a target's own data adds to joint training: no target has cells of both settings.")
+    rho, pairs = matrix["similarity"]["rank_correlation"], matrix["similarity"]["pairs"]
+    lines.append("Rank correlation of the datasets' similarity (cosine of mean item embeddings) with the gain, over "
+                 f"{pairs} pairs of single source and other target: {'undefined' if rho is None else f'{rho:+.2f}'}.")
+    for cell in matrix["cells"]:
+        if cell["source"] == ZERO and cell.get("collapsed"):
+            lines.append(f"Zero-shot collapse on {cell['target']}: the scores are as good as chance.")
+    for source, run in matrix["runs"].items():
+        if run["unstable"]:
+            lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")
+        if not run["beats_base"]:
+            lines.append(f"Training on {source} never beat the base model on validation users.")
+    for source, target in matrix["failed"]:
+        lines.append(f"Failed: {source} on {target}." if target else f"Failed: training on {source}.")
+    return lines
 
 
 def comma_separated(matrix):
-    """A line per cell, for a spreadsheet."""
-    head = ["source", "target", "setting", matrix["metric"], "low", "high", "gain", "gain_low", "gain_high", "mark"]
-    lines = [head + ["n_users", "n_samples"]]
-    for row in matrix["rows"]:
-        for target in matrix["targets"]:
-            cell = row["cells"].get(target)
-            if cell:
-                low, high = cell["ci"] or ["", ""]
-                gain_low, gain_high = cell["gain_ci"] or ["", ""]
-                lines.append([row["source"], target, cell["setting"], cell["value"], low, high, cell["gain"], gain_low,
-                              gain_high, cell["mark"], cell["n_users"], cell["n_samples"]])
-    return "".join(",".join("" if value is None else str(value) for value in line) + "\n" for line in lines)
+    """A line per cell, for a spreadsheet; the value is of the metric of the matrix."""
+    rows = ["source target setting value low high gain gain_low gain_high mark n_users".split()]
+    for cell in matrix["cells"]:
+        row = [cell["source"], cell["target"], cell["setting"]]
+        for value in (cell, cell["gain"]):
+            if value and value["ci"]:
+                row += [value["value"], *value["ci"]]
+            else:
+                row += ["", "", ""]
+        rows.append([*row, cell["mark"], cell.get("n_users", "")])
+    lines = [",".join(map(str, row)) for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def compare(folders):
-    """One table over several matrices: the mean over targets by setting, of the cells that every matrix has."""
+    """One table over several matrices: means over targets by setting, of the cells that all of them have.
+
+    Cells of other test users are other cells. Raises UserError on different metrics, or where no cell is shared.
+    """
     matrices = [common.read_json(Path(folder, "matrix.json")) for folder in folders]
-    common_cells = None
-    for matrix in matrices:
-        cells = {}  # what two matrices must agree on, to be compared
-        for row in matrix["rows"]:
-            for target in matrix["targets"]:
-                if row["cells"].get(target):
-                    cell = row["cells"][target]
-                    facts = (matrix["metric"], cell["setting"], cell["data_sha256"], cell["n_users"])
-                    cells[row["source"], target] = facts
-        common_cells = set(cells.items()) if common_cells is None else common_cells & set(cells.items())
-    letters = sorted({facts[1] for _, facts in common_cells})
-    if not letters:
-        raise UserError("the matrices share no cell: other metrics, sources, targets or test users")
-    table = [[matrices[0]["metric"], *letters, "H - G"]]
+    metric = matrices[0]["metric"]
+    rows = [[metric]]
+    found = {}  # {(setting, target, source, users): [value in each matrix]}
     for folder, matrix in zip(folders, matrices):
-        by_source = {row["source"]: row["cells"] for row in matrix["rows"]}
-        line = [f"{matrix['model']}, {matrix['type']} ({folder})"]
-        for letter in letters:
-            values = [by_source[source][target]["value"] for (source, target), facts in common_cells if facts[1] == letter]
-            line.append(f"{np.mean(values):.3f} ({len(values)})")
-        joint = matrix["joint_gain"]
-        table.append([*line, show(joint["value"], joint["ci"], "+.3f") if joint else ""])
-    meanings = [f"- {letter}: {common.SETTINGS[letter]}" for letter in letters]
-    return "\n".join([common.markdown_table(table), *meanings, "- In brackets: the number of cells of the mean."])
+        if matrix["metric"] != metric:
+            raise UserError(f"{folder} holds {matrix['metric']}, {folders[0]} holds {metric}")
+        rows.append([f"{matrix['model']}, {matrix['type']} ({folder})"])
+        for cell in matrix["cells"]:
+            if cell["value"] is not None:
+                key = cell["setting"], cell["target"], cell["source"], cell["data_sha256"], cell["n_users"]
+                found.setdefault(key, []).append(cell["value"])
+    for letter in common.SETTINGS:
+        by_target = {}
+        for (setting, target, *_), values in found.items():
+            if setting == letter and len(values) == len(folders):
+                by_target.setdefault(target, []).append(values)
+        if by_target:
+            of_targets = [np.mean(values, axis=0) for values in by_target.values()]  # over sources
+            rows[0].append(f"{letter} ({len(by_target)})")
+            for row, mean in zip(rows[1:], np.mean(of_targets, axis=0)):
+                row.append(f"{mean:.3f}")
+    if len(rows[0]) == 1:
+        raise UserError("the matrices share no cell: other sources, targets or test users")
+    return common.markdown_table(rows) + "\nIn brackets: the number of targets that a mean is over."
 
 # -------------------------------------------------------------------------------------------------------------- picture
 
-WIDTH, HEIGHT, LEFT, TOP = 92, 60, 190, 120  # of a cell; where the cells begin
+WIDTH, HEIGHT, LEFT, TOP = 96, 62, 176, 118  # of a cell; where the cells begin
 INK, GREY = "#1f2328", "#59636e"
-WHITE, BLUE, ORANGE = (244, 244, 242), (24, 88, 160), (160, 58, 0)  # told apart with any colour vision
+# told apart with any colour vision, and light enough for dark text
+WHITE, BLUE, ORANGE = (246, 246, 244), (92, 152, 214), (226, 128, 66)
 
 
 def draw_svg(matrix):
     """The matrix as a heat map (SVG text): blue better, orange worse than zero-shot, the darker the more."""
-    rows, columns = matrix["rows"], [*matrix["targets"], "mean"]
-    width, bottom = LEFT + WIDTH * len(columns) + 20, TOP + HEIGHT * len(rows)
-    limit = 0.05  # the difference with the darkest colour
-    for row in rows:
-        for cell in row["cells"].values():
-            limit = max(limit, abs(cell.get("gain") or 0))
-    parts = [text(20, 34, f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based", 18, "start"),
-             text(20, 56, "Row: trained on. Column: tested on. Small: setting, difference from zero-shot.", 12, "start")]
-    for i, target in enumerate(columns):
+    targets = matrix["targets"]
+    limit = 0.05  # the gain of the darkest colour
+    for cell in matrix["cells"]:
+        if cell["gain"]:
+            limit = max(limit, abs(cell["gain"]["value"]))
+    title = f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based"
+    key = "Row: trained on. Column: tested on. In a cell: setting, value, gain over zero-shot."
+    parts = [text(20, 34, title, 18, "start"), text(20, 56, key, 12, "start")]
+    for i, target in enumerate(targets):
         x = LEFT + WIDTH * (i + 0.5)
-        parts.append(text(x, TOP - 24, target, 13))
-        parts.append(text(x, TOP - 8, matrix["domains"].get(target) or "", 11, fill=GREY))
-    for j, row in enumerate(rows):
-        y = TOP + HEIGHT * j
-        for n, name in enumerate(row["source"].split("+")[:4]):
-            parts.append(text(LEFT - 10, y + HEIGHT / 2 + 5 + 14 * n, name if n == 0 else f"+ {name}", 12, "end"))
-        for i, target in enumerate(columns):
-            parts += draw_cell(LEFT + WIDTH * i, y, row["cells"].get(target), limit)
-    marks = matrix["marks"]
-    legend = [f"▲ better than zero-shot: {marks['better']} of {marks['compared']}; ▼ worse (negative transfer): "
-              f"{marks['worse']}; by chance alone: {marks['by_chance']:.1f}",
-              "Marked where the 95% interval of the paired difference excludes 0.",
+        parts.append(text(x, TOP - 26, target, 13))
+        parts.append(text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
+    bottom = TOP
+    for i, cell in enumerate(matrix["cells"]):
+        column = i % len(targets)
+        if column == 0:  # a new row
+            names = textwrap.wrap(cell["source"].replace("+", " + "), 24, max_lines=4, placeholder=" ...")
+            for n, name in enumerate(names):
+                parts.append(text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
+            bottom += HEIGHT
+        parts += draw_cell(LEFT + WIDTH * column, bottom - HEIGHT, cell, limit)
+    legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *count_marks(matrix),
               "Intervals cover the choice of users, not the luck of a training run."]
+    for letter in sorted({cell["setting"] for cell in matrix["cells"]}):
+        legend.append(f"{letter}: {common.SETTINGS[letter]}")
     for n, line in enumerate(legend):
         parts.append(text(20, bottom + 28 + 18 * n, line, 12, "start"))
+    width = max(760, LEFT + WIDTH * len(targets) + 20)
     size = f'width="{width}" height="{bottom + 28 + 18 * len(legend)}"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">',
-                      f'<rect {size} fill="#ffffff"/>', *parts, "</svg>\n"])
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+    return "\n".join([head, f'<rect {size} fill="#ffffff"/>', *parts, "</svg>\n"])
 
 
 def draw_cell(x, y, cell, limit):
-    """SVG lines of a cell: setting, mark, value, difference from zero-shot."""
-    box = f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="4" '
-    if not cell:
-        return [box + f'fill="none" stroke="{GREY}" stroke-dasharray="4"/>']
-    gain = cell.get("gain") or 0
-    end, share = BLUE if gain > 0 else ORANGE, abs(gain) / limit
-    colour = "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(WHITE, end))
-    ink = "#ffffff" if share > 0.6 else INK
-    value = "-" if cell["value"] is None else f"{cell['value']:.3f}"
-    shown_gain = "" if cell.get("gain") is None else f"{cell['gain']:+.3f}"
-    return [box + f'fill="{colour}"/>', text(x + 8, y + 17, cell.get("setting", ""), 11, "start", ink),
-            text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end", ink),
-            text(x + WIDTH / 2, y + 37, value, 17, fill=ink), text(x + WIDTH / 2, y + 53, shown_gain, 11, fill=ink)]
+    """SVG elements of a cell: setting, mark, value, gain over zero-shot."""
+    gain = cell["gain"]["value"] if cell["gain"] else 0
+    share = abs(gain) / limit
+    end = BLUE if gain > 0 else ORANGE
+    red, green, blue = [round(a + (b - a) * share) for a, b in zip(WHITE, end)]
+    parts = [f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="4" '
+             f'fill="rgb({red},{green},{blue})"/>', text(x + 8, y + 17, cell["setting"], 11, "start")]
+    if cell["value"] is None:
+        return [*parts, text(x + WIDTH / 2, y + 37, "empty", 12)]
+    if cell["gain"]:
+        parts.append(text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end"))
+        parts.append(text(x + WIDTH / 2, y + 54, f"{gain:+.3f}", 11))
+    return [*parts, text(x + WIDTH / 2, y + 37, f"{cell['value']:.3f}", 17)]
 
 
 def text(x, y, words, size, anchor="middle", fill=INK):

@@ -1,7 +1,8 @@
-"""The transfer matrix: command lines, statistics, tables, picture; from made-up scores and from a tiny model."""
+"""The transfer matrix: command lines, statistics, tables, picture; from made-up results and from a tiny model."""
 import csv
 import json
 import random
+import re
 import shlex
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
 import common
 import evaluate
 import finetune
+import tiny
 import transfer_matrix
 
 NAMES = list(common.DEMO)
-SOURCES = ["news-a", "shop", "news-b", "news-a+news-b", "news-a+books-a+shop"]
-TARGETS = ["news-a", "books-a", "shop", "news-b"]
+SOURCES = ["news-a", "news-b", "shop", "news-a+news-b", "news-a+books-a+shop"]
+TARGETS = ["news-a", "news-b", "books-a", "shop"]
 
 
 def write_lines(path, rows):
@@ -26,18 +27,18 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_dataset(data, name, users=24):
-    """A small prepared dataset in the standard format, of the words of tests/tiny.py."""
+def write_dataset(data, name, users):
+    """A small prepared dataset, of the words of tests/tiny.py."""
     rng, folder = random.Random(name), Path(data, name)
     words = rng.sample(tiny.WORDS[-16:], 8)
     items = {f"i{n}": " ".join(rng.sample(words, 2)) for n in range(30)}
     write_lines(folder / "items.jsonl", [{"id": key, "text": text} for key, text in items.items()])
     for split, size in {"train": users, "valid": 8, "test": users}.items():
-        lines = []
+        rows = []
         for n in range(size):
             ids = rng.sample(list(items), 11)
-            lines.append({"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4})
-        write_lines(folder / f"{split}.jsonl", lines)
+            rows.append({"user": f"{split}{n}", "history": ids[:3], "candidates": ids[3:], "labels": [1, 0] * 4})
+        write_lines(folder / f"{split}.jsonl", rows)
     common.write_json(folder / "meta.json", {"format": common.FORMAT, "domain": common.DOMAINS[name]})
 
 
@@ -50,58 +51,66 @@ def data(tmp_path_factory):
 
 
 class Fakes:
-    """Stand-ins for finetune.main and evaluate.main: they write what those would write, of made-up scores.
+    """Stand-ins for finetune.main and evaluate.main: made-up results in the scripts' own files; lists their calls.
 
-    skill(source, target): how far positives stand above negatives. broken: {(source, target): an error to raise}.
+    skill(source, target): how far positives stand above negatives. broken: {(source, target): error to raise}.
     """
 
-    def __init__(self, monkeypatch, skill=lambda source, target: 1.0, **run):
-        self.calls, self.skill, self.broken, self.run = [], skill, {}, run
+    def __init__(self, monkeypatch, skill=lambda source, target: 1.0):
+        self.calls, self.skill, self.broken, self.run_facts = [], skill, {}, {}
         monkeypatch.setattr(finetune, "main", self.finetune)
         monkeypatch.setattr(evaluate, "main", self.evaluate)
-        monkeypatch.setattr(common.evaluate_users, "__defaults__", (20, 0))  # draws of the cells' own intervals
-        monkeypatch.setattr(transfer_matrix, "similarity", lambda args, matrix: {"pairs": [], "rank_correlation": None})
+        monkeypatch.setattr(transfer_matrix, "DRAWS", 100)
 
-    def happen(self, *call):
-        self.calls.append(call)
-        if call in self.broken:
-            raise self.broken[call]
+    def call(self, source, target):
+        self.calls.append((source, target))
+        if (source, target) in self.broken:
+            raise self.broken[source, target]
+        print("a long report")
 
     def finetune(self, argv):
         args = finetune.arguments(argv)
-        self.happen("finetune", "+".join(args.train))
-        run = {"train_chain": args.train, "valid_chain": args.valid, "steps": 30, "samples": 960, "seconds": 1.0,
-               "unstable": False, "beats_base": True, "job": finetune.job_of(args), "model": "m", "type": args.type,
-               "domains": {name: common.DOMAINS[name] for name in args.train}, "arguments": vars(args)}
-        common.write_json(Path(args.out, "run.json"), {**run, **self.run})
+        self.call(Path(args.out).name, None)
+        run = {"train": args.train, "train_chain": args.train, "valid_chain": args.valid, "unstable": False,
+               "domains": {name: common.DOMAINS[name] for name in args.train}, "beats_base": True, "steps": 30}
+        common.write_json(Path(args.out, "run.json"), {**run, "job": finetune.job_of(args), **self.run_facts})
 
     def evaluate(self, argv):
         args = evaluate.arguments(argv)
         source, target = Path(args.out).name, args.test[0]
-        self.happen(source, target)
-        users, items = common.read_users(args.data, target, "test", args.limit_users)
-        rng, job = np.random.default_rng(common.digest(source, target)), evaluate.job_of(args, target)
-        lines = [{"job": job}]
+        self.call(source, target)
+        rng = np.random.default_rng(common.digest(source, target))
+        users, _ = common.read_users(args.data, target, args.split, args.limit_users)
+        job = evaluate.job_of(args, target)
+        lines, scored = [{"job": job}], []
         for user in users:
-            scores = rng.normal(size=8) + self.skill(source, target) * np.array(user["labels"])
+            labels = np.array(user["labels"])
+            scores = rng.normal(size=len(labels)) + self.skill(source, target) * labels
             lines.append({"user": user["user"], "scores": scores.tolist()})
+            scored.append((scores, labels))
         write_lines(evaluate.scores_path(args.out, target), lines)
-        cost = {"samples": 8, "seconds": 1.0, "tokens_scored": 1, "tokens_unpacked": 1}
-        evaluate.finish(args, target, users, items, None, job, cost)
+        result = {**common.evaluate_users(scored, draws=20), "collapsed": self.skill(source, target) == 0, "job": job,
+                  "n_users": len(users), "n_samples": 8 * len(users), "data_sha256": job["data_sha256"]}
+        common.write_json(evaluate.result_path(args.out, target), result)
 
 
 def run_matrix(data, out, *more, sources=SOURCES, targets=TARGETS):
-    argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", str(data), *more]
-    return common.run(transfer_matrix.main, argv)
+    argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", data]
+    return common.run(transfer_matrix.main, [*argv, "--device", "cpu", *more])
 
 
 def read_matrix(out):
-    """The matrix in a folder and its cells, {source: {target: cell}}."""
-    matrix = common.read_json(Path(out, "matrix.json"))
-    return matrix, {row["source"]: row["cells"] for row in matrix["rows"]}
+    """matrix.json, and its cells as {source: {target: cell}}."""
+    matrix, cells = common.read_json(Path(out, "matrix.json")), {}
+    for cell in matrix["cells"]:
+        cells.setdefault(cell["source"], {})[cell["target"]] = cell
+    return matrix, cells
 
 
-# --------------------------------------------------------------------------------------------------------- command lines
+def commands_in(output):
+    return [line[2:] for line in output.splitlines() if line.startswith("$ ")]
+
+# -------------------------------------------------------------------------------------------------------- command lines
 
 
 def test_dry_run_prints_one_runnable_line_for_each_missing_training_and_cell(data, tmp_path, monkeypatch, capsys):
@@ -109,9 +118,10 @@ def test_dry_run_prints_one_runnable_line_for_each_missing_training_and_cell(dat
     assert run_matrix(data, tmp_path / "a b", "--dry-run", "--seed", "7", "--type", "embed", "--overwrite",
                       "--finetune-args=--lr 0.01", "--evaluate-args", "--limit-users 9") == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert [Path(line[1]).name for line in lines] == ["finetune.py"] * 5 + ["evaluate.py"] * 24 and not fakes.calls
-    trainings = [finetune.arguments(line[2:]) for line in lines[:5]]
-    cells = [evaluate.arguments(line[2:]) for line in lines[5:]]
+    assert not fakes.calls and not list(tmp_path.iterdir())
+    trainings = [finetune.arguments(line[2:]) for line in lines if line[1].endswith("finetune.py")]
+    cells = [evaluate.arguments(line[2:]) for line in lines if line[1].endswith("evaluate.py")]
+    assert len(lines) == 29 and len(trainings) == 5 and len(cells) == 24
     assert ["+".join(args.train) for args in trainings] == SOURCES
     for args in trainings + cells:
         assert (args.seed, args.type, args.data, args.overwrite, args.max_tokens) == (7, "embed", data, True, None)
@@ -120,272 +130,352 @@ def test_dry_run_prints_one_runnable_line_for_each_missing_training_and_cell(dat
     assert cells[4].out == str(tmp_path / "a b" / "cells" / "news-a") and cells[4].test == ["news-a"]
 
 
-def test_what_is_there_is_not_run_again(data, tmp_path, monkeypatch, capsys):
-    fakes, small = Fakes(monkeypatch), {"sources": ["news-a", "shop"], "targets": ["shop"]}
-    assert run_matrix(data, tmp_path, sources=["news-a"], targets=["shop"]) == 0
-    assert len(fakes.calls) == 3
-    capsys.readouterr()
+def test_what_is_finished_is_not_run_again(data, tmp_path, monkeypatch, capsys):
+    fakes = Fakes(monkeypatch)
+    small = {"sources": ["news-a", "shop", "shop"], "targets": ["shop", "shop"]}
+    assert run_matrix(data, tmp_path, **small) == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.glob("matrix.*")}
+    assert sorted(first) == ["matrix.csv", "matrix.json", "matrix.md", "matrix.svg"]
+    assert len(commands_in(capsys.readouterr().out)) == len(fakes.calls) == 5
+    assert len(read_matrix(tmp_path)[0]["cells"]) == 3
+
+    assert run_matrix(data, tmp_path, "--dry-run", **small) == 0 and not capsys.readouterr().out
+    assert run_matrix(data, tmp_path, **small) == 0 and not commands_in(capsys.readouterr().out)
+    assert len(fakes.calls) == 5 and {path.name: path.read_bytes() for path in tmp_path.glob("matrix.*")} == first
+
+    (tmp_path / "cells/zero-shot/shop.json").unlink()  # as if killed while it was scored
     assert run_matrix(data, tmp_path, "--dry-run", **small) == 0
     missing = capsys.readouterr().out.splitlines()
-    assert len(missing) == 2 and "/runs/shop" in missing[0] and "/cells/shop" in missing[1]
-    assert run_matrix(data, tmp_path, **small) == 0
-    assert [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")] == missing
-    assert run_matrix(data, tmp_path, "--dry-run", **small) == 0 and not capsys.readouterr().out
-    assert run_matrix(data, tmp_path, **small) == 0 and len(fakes.calls) == 5
+    assert run_matrix(data, tmp_path, **small) == 0 and commands_in(capsys.readouterr().out) == missing
+    assert fakes.calls[5:] == [("zero-shot", "shop")]
+    assert run_matrix(data, tmp_path, "--overwrite", **small) == 0 and len(fakes.calls) == 11
 
 
-def test_what_is_wrong_or_in_the_way_is_said_before_anything_runs(data, tmp_path, monkeypatch, capsys):
+def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
 
     def error(*more, data=data, **small):
-        capsys.readouterr()
-        assert run_matrix(data, tmp_path / "out", *more, **small) == 2
-        return capsys.readouterr().err
-    assert "No closing quotation" in error("--finetune-args=--lr '1e-3")
-    assert "--bogus" in error("--evaluate-args=--bogus") and "--bogus" in error("--finetune-args=--bogus", "--dry-run")
+        before = len(fakes.calls)
+        assert run_matrix(data, tmp_path / "out", *more, **small) == 2 and len(fakes.calls) == before
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+    assert "--finetune-args" in error("--finetune-args=--lr '1e-3")
+    for more in ([], ["--dry-run"]):
+        assert "--bogus" in error("--evaluate-args=--bogus", *more)
+        assert "--lr" in error("--finetune-args=--lr 0", *more)
+    assert "--adapter" in error("--evaluate-args=--adapter=x") and "--train" in error("--finetune-args=--train shop")
+    assert "fine-tuned" in error("--model", "itemknn") and "--k" in error("--k", "0")
+    assert "--metric" in error("--metric", "logloss")
+    assert "unknown dataset 'news-c'" in error(sources=["news-a+news-c"])
+    assert "unknown dataset ''" in error(sources=["news-a+"])
+    assert "unknown dataset 'all'" in error(targets=["all"])
     shutil.copytree(data, tmp_path / "data")
     for split, name in (("test", "books-a"), ("valid", "news-b"), ("train", "shop")):
-        (tmp_path / "data" / name / f"{split}.jsonl").unlink()
-        assert f"{name} has no {split} split" in error(data=tmp_path / "data")
-        shutil.copyfile(Path(data, name, f"{split}.jsonl"), tmp_path / "data" / name / f"{split}.jsonl")
-    assert not fakes.calls and not (tmp_path / "out").exists()
+        path = tmp_path / "data" / name / f"{split}.jsonl"
+        path.rename(tmp_path / "kept")
+        assert f"{name} has no {split} split" in error(data=str(tmp_path / "data"))
+        (tmp_path / "kept").rename(path)
+    (tmp_path / "data/shop/meta.json").unlink()
+    assert "shop is not prepared" in error(data=str(tmp_path / "data"))
+
     assert run_matrix(data, tmp_path / "out", sources=["shop"], targets=["shop"]) == 0
-    calls = len(fakes.calls)
-    assert "runs/shop was made with other lr" in error("--finetune-args=--lr 1", sources=["shop"], targets=["shop"])
-    assert "made with other limit_users" in error("--evaluate-args=--limit-users 3", sources=["shop"], targets=["shop"])
-    assert len(fakes.calls) == calls
+    capsys.readouterr()
+    assert "made with other seed" in error("--seed", "1", sources=["shop"], targets=["shop"])
+    assert "runs/shop was made with other lr" in error("--finetune-args=--lr 0.5", sources=["shop"], targets=["shop"])
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
-    fakes.broken = {("finetune", "shop"): common.UserError("the loss is nan"),
-                    ("news-a", "books-a"): RuntimeError("out of memory")}
+    fakes.broken = {("shop", None): common.UserError("the loss is nan"),
+                    ("news-a", "books-a"): RuntimeError("out of\nmemory")}
     assert run_matrix(data, tmp_path) == 1
-    err = capsys.readouterr().err
-    assert "error: the loss is nan" in err and "error: RuntimeError: out of memory" in err
-    assert err.count("failed, left empty:") == 2 and ("shop", "news-a") not in fakes.calls
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["error: RuntimeError: out of memory", "error: the loss is nan"]
+    assert ("shop", "news-a") not in fakes.calls and ("news-a+news-b", "shop") in fakes.calls
     matrix, cells = read_matrix(tmp_path)
-    assert cells["shop"] == {"mean": {}} and "books-a" not in cells["news-a"] and cells["news-a"]["mean"] == {}
-    assert len(cells["news-b"]) == len(cells["news-a+news-b"]) == 5
-    assert matrix["failed"] == ["news-a on books-a", "training on shop"]
-    assert "Failed: news-a on books-a, training on shop." in Path(tmp_path, "matrix.md").read_text()
-    assert Path(tmp_path, "matrix.svg").read_text().count("stroke-dasharray") == 7  # two, and a row of five
-    assert matrix["rra"]["1"]["shop"] == [None, None] and matrix["rra"]["1"]["news-b"][0] in (0, 1)  # on shop alone
+    empty = [(c["source"], c["target"]) for c in matrix["cells"] if c["value"] is None]
+    assert empty == [("news-a", "books-a"), *(("shop", target) for target in TARGETS)]
+    assert matrix["failed"] == [["news-a", "books-a"], ["shop", None], *(["shop", target] for target in TARGETS)]
+    assert "Failed: news-a on books-a." in captured.out and "Failed: training on shop." in captured.out
+    assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 5
+    assert list(matrix["rra"]) == ["news-a", "news-b"]  # shop has no cell, so it is not ranked
     fakes.broken = {}
     assert run_matrix(data, tmp_path) == 0
-    assert all(len(row) == 5 and row["mean"] for row in read_matrix(tmp_path)[1].values())
+    assert None not in [cell["value"] for cell in read_matrix(tmp_path)[0]["cells"]]
 
 
 def test_interrupt_stops_the_matrix(data, tmp_path, monkeypatch):
     fakes = Fakes(monkeypatch)
-    fakes.broken = {("finetune", "news-b"): KeyboardInterrupt()}
+    fakes.broken = {("news-b", None): KeyboardInterrupt()}
     with pytest.raises(SystemExit, match="130"):
         run_matrix(data, tmp_path)
-    assert fakes.calls[-1] == ("finetune", "news-b") and not Path(tmp_path, "matrix.json").exists()
+    assert fakes.calls[-1] == ("news-b", None) and not Path(tmp_path, "matrix.json").exists()
+
+# ------------------------------------------------------------------------------------------------------------- analysis
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--model", "itemknn"], "fine-tuned"), (["--k", "0"], "--k"), (["--metric", "logloss"], "--metric"),
-    (["--sources", "news-c"], "unknown dataset 'news-c'"), (["--sources", "news-a+"], "unknown dataset ''"),
-    (["--targets", "news-c"], "unknown dataset 'news-c'")])
-def test_wrong_arguments_are_one_line(change, message, data, tmp_path, capsys):
-    assert run_matrix(data, tmp_path, *change) == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------------------------------------------- numbers
-
-
-def test_rows_columns_settings_and_numbers(data, tmp_path, monkeypatch):
+def test_settings_values_gains_and_marks(data, tmp_path, monkeypatch):
     def skill(source, target):
         if source == "zero-shot":
             return 0
-        return 3 if target in source else -1 if source == "shop" else 0.3
+        if target in source:
+            return 3
+        return -1 if source == "shop" else 0.3
     Fakes(monkeypatch, skill)
     assert run_matrix(data, tmp_path, "--metric", "group_auc") == 0
     matrix, cells = read_matrix(tmp_path)
-    assert matrix["targets"] == TARGETS
-    letters = {source: [row[target]["setting"] for target in TARGETS] for source, row in cells.items()}
-    assert letters == {"zero-shot": ["A/B"] * 4, "news-a": list("CFFD"), "shop": list("FFCF"), "news-b": list("DFFC"),
-                       "news-a+news-b": list("EFFE"), "news-a+books-a+shop": list("HHHG")}
-    for source, row in cells.items():
-        for target in TARGETS:
-            result = common.read_json(tmp_path / "cells" / source / f"{target}.json")
-            assert (row[target]["value"], row[target]["ci"]) == (result["group_auc"], result["ci"]["group_auc"])
-            gain = row[target]["value"] - cells["zero-shot"][target]["value"]
-            assert row[target]["gain"] == (None if source == "zero-shot" else pytest.approx(gain))
-        assert row["mean"]["value"] == pytest.approx(np.mean([row[target]["value"] for target in TARGETS]))
+    letters = {source: " ".join(row[t]["setting"] for t in TARGETS) for source, row in cells.items()}
+    assert letters == {"zero-shot": "A/B A/B A/B A/B", "news-a": "C D F F", "news-b": "D C F F", "shop": "F F F C",
+                       "news-a+news-b": "E E F F", "news-a+books-a+shop": "H G H H"}
+    for cell in matrix["cells"]:
+        result = common.read_json(tmp_path / "cells" / cell["source"] / f"{cell['target']}.json")
+        assert (cell["value"], cell["ci"]) == (result["group_auc"], result["ci"]["group_auc"])
+        if cell["source"] == "zero-shot":
+            assert cell["gain"] is None and cell["mark"] == ""
+            continue
+        low, high = cell["gain"]["ci"]
+        assert low <= cell["gain"]["value"] <= high
+        assert cell["gain"]["value"] == pytest.approx(cell["value"] - cells["zero-shot"][cell["target"]]["value"])
+        assert cell["mark"] == ("better" if low > 0 else "worse" if high < 0 else "")
     assert cells["shop"]["shop"]["mark"] == "better" and cells["shop"]["news-a"]["mark"] == "worse"
 
-
-def test_marks_notes_and_spreadsheet(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else -1 if source == "shop" else 1)
-    assert run_matrix(data, tmp_path) == 0
-    matrix, cells = read_matrix(tmp_path)
-    marks = [row[target]["mark"] for source, row in cells.items() for target in TARGETS if source != "zero-shot"]
+    marks = [cell["mark"] for cell in matrix["cells"]]
+    text = (tmp_path / "matrix.md").read_text()
     better, worse = marks.count("better"), marks.count("worse")
-    assert matrix["marks"] == {"compared": 20, "better": better, "worse": worse, "by_chance": 1.0}
-    assert better >= 14 and worse >= 3
-    written = (tmp_path / "matrix.md").read_text()
-    assert f"Of 20 cells {better} are ▲ and {worse} ▼; if nothing differed, chance alone would mark 1.0 (5%)." in written
-    assert "not the luck of a training run" in written and "says nothing of harm" in written
-    rows = list(csv.DictReader((tmp_path / "matrix.csv").open()))
-    assert len(rows) == 6 * 4
-    for row in rows:
-        cell = cells[row["source"]][row["target"]]
-        assert float(row["auc"]) == cell["value"] and float(row["high"]) == cell["ci"][1]
-        assert row["gain_low"] == ("" if cell["gain"] is None else str(cell["gain_ci"][0]))
+    assert f"Of 20 cells {better} are better than zero-shot (▲) and {worse} worse" in text
+    assert "by chance 0.5 better and as many worse" in text
+    assert "not the luck of a training run" in text and "says nothing of harm" in text
+    assert text.count("Zero-shot collapse on") == 4
+    with open(tmp_path / "matrix.csv") as lines:
+        head, *rows = csv.reader(lines)
+    assert head[3] == "value" and len(rows) == 24 and {len(row) for row in rows} == {len(head)}
+    cell, row = cells["shop"]["news-a"], next(row for row in rows if row[:2] == ["shop", "news-a"])
+    assert row[2] == "F" and row[-2:] == ["worse", "40"]
+    assert list(map(float, row[3:9])) == [cell["value"], *cell["ci"], cell["gain"]["value"], *cell["gain"]["ci"]]
 
 
-def test_differences_are_paired_over_users(data, tmp_path, monkeypatch):
-    """The interval of the gain is that of resampled users, by hand; draws are those of one seed per target."""
-    Fakes(monkeypatch, lambda source, target: 0.2 if source == "zero-shot" else 0.5)
-    assert run_matrix(data, tmp_path, "--metric", "group_auc", sources=["shop"], targets=["news-a"]) == 0
-    labels, per_user = np.array([1, 0] * 4), []
-    for source in ("shop", "zero-shot"):
-        lines = [json.loads(line) for line in (tmp_path / "cells" / source / "news-a.scores.jsonl").open()][1:]
-        per_user.append([common.auc(np.array(line["scores"]), labels) for line in lines])
-    gains = np.subtract(*per_user)
-    rng = np.random.default_rng(common.digest(2025, "news-a"))
-    draws = [gains[rng.integers(40, size=40)].mean() for _ in range(1000)]
+def test_a_chain_of_trainings_and_its_warnings(data, tmp_path, monkeypatch):
+    fakes = Fakes(monkeypatch)
+    fakes.run_facts = {"train_chain": ["mine", "news-a"], "domains": {"mine": "sport", "news-a": "news"},
+                       "unstable": True, "beats_base": False}
+    assert run_matrix(data, tmp_path, sources=["news-a"]) == 0
+    cells = read_matrix(tmp_path)[1]["news-a"]
+    assert [cells[target]["setting"] for target in TARGETS] == ["H", "G", "G", "G"]
+    text = (tmp_path / "matrix.md").read_text()
+    assert "news-a was unstable" in text and "news-a never beat the base model" in text
+
+
+def test_gains_are_paired_over_users(data, tmp_path, monkeypatch):
+    """Against a bootstrap written out: the same users are drawn for both models."""
+    Fakes(monkeypatch)
+    monkeypatch.setattr(transfer_matrix, "DRAWS", 2000)
+    small = {"sources": ["shop"], "targets": ["news-a"]}
+    assert run_matrix(data, tmp_path, "--metric", "group_auc", **small) == 0
+    rng, users = np.random.default_rng(1), common.read_users(data, "news-a", "test")[0]
+    paths = [evaluate.scores_path(tmp_path / "cells" / source, "news-a") for source in ("zero-shot", "shop")]
+    difference = []  # of each user: users differ much, models little
+    files = [[next(common.read_lines(path))[1]] for path in paths]
+    for user in users:
+        labels = np.array(user["labels"])
+        base = rng.normal(size=8) + 2 * rng.random() * labels
+        other = base + 0.3 * labels + 0.1 * rng.normal(size=8)
+        difference.append(common.auc(other, labels) - common.auc(base, labels))
+        for file, scores in zip(files, (base, other)):
+            file.append({"user": user["user"], "scores": scores.tolist()})
+    for path, file in zip(paths, files):
+        write_lines(path, file)
+    assert run_matrix(data, tmp_path, "--metric", "group_auc", **small) == 0
     cell = read_matrix(tmp_path)[1]["shop"]["news-a"]
-    assert cell["gain"] == pytest.approx(gains.mean()) and cell["gain_ci"] == pytest.approx(common.interval(np.array(draws)))
+    picks = np.random.default_rng(9).integers(40, size=(4000, 40))
+    low, high = np.quantile(np.array(difference)[picks].mean(axis=1), [0.025, 0.975])
+    assert cell["gain"]["ci"] == pytest.approx([low, high], abs=0.15 * (high - low))
+
+    write_lines(paths[1], [files[1][0], *files[0][1:]])  # the same scores: no difference in any draw
+    assert run_matrix(data, tmp_path, "--metric", "group_auc", **small) == 0
+    cell = read_matrix(tmp_path)[1]["shop"]["news-a"]
+    assert cell["gain"]["ci"] == [0, 0] and cell["mark"] == ""
+    paths[1].write_text(paths[1].read_text().replace('"test3"', '"test4"'))
+    assert run_matrix(data, tmp_path, **small) == 2  # not this split's users
 
 
-def test_rra_of_its_own_numbers_with_intervals(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: len(source) / 10)
-    assert run_matrix(data, tmp_path, "--k", "1", "2") == 0
-    matrix, cells = read_matrix(tmp_path)
-    assert matrix["rra"].keys() == {"1", "2"} and matrix["rra"]["2"].keys() == {"news-a", "news-b", "shop"}
-    for k in (1, 2):
-        terms = []
-        for target in ("news-b", "books-a", "shop"):
-            value = cells["news-a"][target]["value"]
-            above = sum(cells[other][target]["value"] > value for other in ("news-b", "shop") if other != target)
-            terms.append(1 / (above + 1) if above < k else 0)
-        value, (low, high) = matrix["rra"][str(k)]["news-a"]
-        assert value == pytest.approx(np.mean(terms)) and 0 <= low <= value <= high <= 1 and low < high
+def test_rank_averages_with_intervals():
+    args = transfer_matrix.arguments(["--model", "m", "--sources", "mind", "goodreads", "cds", "mind+cds", "--targets",
+                                      "mind", "goodreads", "cds", "--out", "x", "--k", "1", "3"])
+    table = {"zero-shot": [0.9, 0.9, 0.9], "mind": [0.70, 0.60, 0.58], "goodreads": [0.60, 0.72, 0.58],
+             "cds": [0.55, 0.62, 0.69], "mind+cds": [0.9, 0.9, 0.9]}
+    samples = {}
+    for source, values in table.items():
+        for target, value in zip(args.targets, values):
+            samples[source, target] = np.full(1001, value)
+    samples["goodreads", "mind"][1:101] = 0.5  # in a tenth of the draws it is second on mind
+    rra = transfer_matrix.rank_averages(args, samples)
+    assert list(rra) == ["mind", "goodreads", "cds"]
+    # on cds mind and goodreads tie, so each is first half of the time
+    assert rra["mind"]["1"] == {"value": 0.25, "ci": [0.25, 0.25]}
+    assert rra["goodreads"]["1"] == {"value": 0.75, "ci": [0.25, 0.75]}
+    assert rra["cds"]["1"] == {"value": 0.5, "ci": [0.5, 1.0]} and rra["cds"]["3"]["value"] == 0.75
+    samples["goodreads", "mind"][1:101] = np.nan  # undefined draws are left out
+    rra = transfer_matrix.rank_averages(args, samples)
+    assert rra["goodreads"]["1"]["ci"] == [0.75, 0.75] and rra["cds"]["1"]["ci"] == [0.5, 0.5]
+    del samples["mind", "cds"]  # a target with an empty cell is left out
+    assert transfer_matrix.rank_averages(args, samples)["goodreads"]["1"]["value"] == 1
 
 
-def test_h_minus_g(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 2.0 if target in source else 0.5)
-    sources = ["news-a+books-a", "news-b+books-a", "shop"]
-    assert run_matrix(data, tmp_path, sources=sources) == 0
-    matrix, cells = read_matrix(tmp_path)
-    joint = matrix["joint_gain"]
-    assert joint["targets"] == ["news-a", "news-b"]  # books-a has no G, shop no H
-    gains = [cells["news-a+books-a"]["news-a"]["value"] - cells["news-b+books-a"]["news-a"]["value"],
-             cells["news-b+books-a"]["news-b"]["value"] - cells["news-a+books-a"]["news-b"]["value"]]
-    assert joint["value"] == pytest.approx(np.mean(gains)) and 0 < joint["ci"][0] < joint["value"] < joint["ci"][1]
-    assert "mean over news-a, news-b: +0." in (tmp_path / "matrix.md").read_text()
-    assert run_matrix(data, tmp_path / "none", sources=["shop"]) == 0
-    assert "no target has cells of both" in (tmp_path / "none/matrix.md").read_text()
+def test_joint_gain_is_h_minus_g_over_the_same_users():
+    rng = np.random.default_rng(0)
+    users = np.r_[0, rng.normal(size=1000)]  # what all models share
+    samples = {("h", "x"): 0.7 + users, ("g1", "x"): 0.5 + users, ("g2", "x"): 0.6 + users, ("h", "y"): 0.7 + users}
+    cells = [{"source": source, "target": target, "setting": source[0].upper()} for source, target in samples]
+    cells.append({"source": "g1", "target": "y", "setting": "G"})  # failed: an empty cell
+    gain = transfer_matrix.joint_gain(cells, samples)
+    assert list(gain) == ["x"] and gain["x"]["value"] == pytest.approx(0.15)
+    assert gain["x"]["ci"] == pytest.approx([0.15, 0.15])  # a difference in every draw alike
 
 
-def test_warnings_about_trainings(data, tmp_path, monkeypatch):
-    Fakes(monkeypatch, lambda source, target: 0.0, unstable=True, beats_base=False, valid_chain=["books-b"])
-    assert run_matrix(data, tmp_path, sources=["shop"], targets=["news-a"]) == 0
-    written = (tmp_path / "matrix.md").read_text()
-    for warning in ("Unstable training: shop.", "Validated on other sets: shop.",
-                    "Never better than the base model on validation users: shop."):
-        assert warning in written
+def test_joint_gain_is_said_or_said_to_be_missing(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch)
+    assert run_matrix(data, tmp_path, sources=["shop"]) == 0
+    assert "no target has cells of both settings" in (tmp_path / "matrix.md").read_text()
+    assert run_matrix(data, tmp_path, sources=["news-a+shop", "books-a+shop"]) == 0
+    assert list(read_matrix(tmp_path)[0]["joint_gain"]) == ["news-a", "books-a"]
+    assert re.search(r"H - G on books-a, .*: [+-]0\.\d{3} \[", (tmp_path / "matrix.md").read_text())
+
+
+def test_similarity_and_its_rank_correlation(data, tmp_path, monkeypatch):
+    Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else len(source + target) / 5)
+    model = tiny.build("llama", tmp_path / "model")
+    assert run_matrix(data, tmp_path / "out", "--model", model) == 0
+    matrix, cells = read_matrix(tmp_path / "out")
+    pairs = [cell for cell in matrix["cells"] if "similarity" in cell]
+    assert [(cell["source"], cell["target"]) for cell in pairs] == [
+        (source, target) for source in ("news-a", "news-b", "shop") for target in TARGETS if source != target]
+    means = []
+    scorer = common.load_scorer(transfer_matrix.arguments(["--model", model, "--sources", "x", "--targets", "x", "--out", "x",
+                                                           "--type", "embed", "--device", "cpu"]))
+    for name in ("news-a", "books-a"):
+        texts = list(common.read_items(data, name).values())
+        means.append(np.mean([common.embed_ids(scorer, common.encode_items(scorer, [text]))[0] for text in texts], axis=0))
+    cosine = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
+    assert cells["news-a"]["books-a"]["similarity"] == pytest.approx(cosine, abs=1e-5)
+    rho = transfer_matrix.rank_correlation(np.array([cell["similarity"] for cell in pairs]),
+                                           np.array([cell["gain"]["value"] for cell in pairs]))
+    assert matrix["similarity"] == {"pairs": 9, "rank_correlation": rho}
+    assert f"9 pairs of single source and other target: {rho:+.2f}." in (tmp_path / "out/matrix.md").read_text()
+
+
+def test_similarity_that_fails_leaves_the_matrix(data, tmp_path, monkeypatch, capsys):
+    Fakes(monkeypatch)  # --model m is not there
+    assert run_matrix(data, tmp_path / "out") == 0
+    assert "no similarity of the datasets: model m cannot be used" in capsys.readouterr().err
+    assert "over 0 pairs of single source and other target: undefined." in (tmp_path / "out/matrix.md").read_text()
 
 
 def test_rank_correlation_by_hand():
-    def rho(a, b):
-        return transfer_matrix.rank_correlation(np.array(a, float), np.array(b, float))
-    assert rho([1, 2, 3], [5, 6, 7]) == pytest.approx(1) and rho([1, 2, 30], [7, 6, 5]) == pytest.approx(-1)
+    def rho(*pairs):
+        return transfer_matrix.rank_correlation(*np.array(pairs, float).reshape(-1, 2).T)
+    assert rho((1, 5), (2, 6), (3, 7)) == pytest.approx(1) and rho((1, 7), (2, 6), (30, 5)) == pytest.approx(-1)
     intelligence = [106, 86, 100, 101, 99, 103, 97, 113, 112, 110]  # Wikipedia's example
     television = [7, 0, 27, 50, 28, 29, 20, 12, 6, 17]
-    assert rho(intelligence, television) == pytest.approx(-29 / 165)
-    assert rho([1, 2, 2, 4], [1, 2, 3, 4]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4
-    assert rho([1, 1, 1], [1, 2, 3]) is None and rho([1, 2], [1, 2]) is None and rho([], []) is None
+    assert rho(*zip(intelligence, television)) == pytest.approx(-29 / 165)
+    assert rho((1, 1), (2, 2), (2, 3), (4, 4)) == pytest.approx(4.5 / np.sqrt(4.5 * 5))  # ranks 1, 2.5, 2.5, 4
+    assert rho((1, 1), (1, 2), (1, 3)) is None and rho((1, 1), (2, 2)) is None and rho() is None
 
-
-# --------------------------------------------------------------------------------------------------------------- picture
-
-NASTY = 'a "<b>&\'\x07 '
+# -------------------------------------------------------------------------------------------------- picture, comparison
 
 
 def test_svg_is_valid_whatever_the_names(data, tmp_path, monkeypatch):
     Fakes(monkeypatch, lambda source, target: 0 if source == "zero-shot" else 1 if target in source else -1)
     assert run_matrix(data, tmp_path) == 0
     matrix = read_matrix(tmp_path)[0]
-    nasty = json.loads(json.dumps({**matrix, "model": NASTY}).replace('"shop', '"' + json.dumps(NASTY)[1:-1]))
-    for one in (matrix, nasty):
-        root = ElementTree.fromstring(transfer_matrix.draw_svg(one))
+    name = 'a "<b>&\'\x07 '
+    nasty = json.loads(json.dumps({**matrix, "model": name}).replace('"shop', '"' + json.dumps(name)[1:-1]))
+    for this in (matrix, nasty):
+        root = ElementTree.fromstring(transfer_matrix.draw_svg(this))
         elements = [element for element in root.iter() if element.tag.endswith("text")]
         texts = [element.text or "" for element in elements]
-        assert {"mean", "news", "book"} <= set(texts)
-        assert texts.count("C") == texts.count("H") == 3
-        cells = [cell for row in one["rows"] for cell in row["cells"].values()]
-        assert {f"{cell['value']:.3f}" for cell in cells} <= set(texts)
-        for sign, mark in (("▲", "better"), ("▼", "worse")):
-            assert texts.count(sign) == sum(cell["mark"] == mark for cell in cells) > 0
+        assert texts.count("C") == texts.count("H") == 3 and "news" in texts
+        assert {f"{cell['value']:.3f}" for cell in this["cells"]} <= set(texts)
+        for sign, mark in ("▲", "better"), ("▼", "worse"):
+            assert texts.count(sign) == sum(cell["mark"] == mark for cell in this["cells"]) > 0
+        width, height = float(root.get("width")), float(root.get("height"))
         for element in elements:
-            assert 0 <= float(element.get("x")) <= float(root.get("width"))
-            assert 0 <= float(element.get("y")) <= float(root.get("height"))
-    assert NASTY.replace("\x07", "?").strip() in " ".join(texts)
+            assert 0 <= float(element.get("x")) <= width and 0 <= float(element.get("y")) <= height
+    assert name.replace("\x07", "?").strip() in " ".join(texts)
 
 
-# --------------------------------------------------------------------------------------------------------------- compare
+def luminance(red, green, blue):
+    """Relative luminance of a colour (WCAG 2)."""
+    parts = np.array([red, green, blue]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
 
 
-def compared(folders, capsys):
-    """Exit code and the table's rows of --compare."""
-    capsys.readouterr()
-    code = common.run(transfer_matrix.main, ["--compare", *map(str, folders)])
-    out = capsys.readouterr().out
-    return code, [[word.strip() for word in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+def test_numbers_can_be_read_on_every_colour():
+    for gain in np.linspace(-1, 1, 81):
+        cell = {"setting": "C", "value": 0.5, "gain": {"value": gain, "ci": [0, 1]}, "mark": "better"}
+        svg = "".join(transfer_matrix.draw_cell(0, 0, cell, 1.0))
+        ground = [int(part) for part in re.search(r"rgb\((\d+),(\d+),(\d+)\)", svg).groups()]
+        inks = set(re.findall('fill="#([0-9a-f]{6})"', svg))
+        assert len(inks) == 1
+        dark, light = sorted([luminance(*ground), luminance(*bytes.fromhex(inks.pop()))])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (gain, ground)
+        assert gain == 0 or (ground[2] > ground[0]) == (gain > 0)  # blue better, orange worse
 
 
-def test_compare_models_by_setting(data, tmp_path, monkeypatch, capsys):
-    means = {}
-    for name, strength in (("small", 0.5), ("large", 2.0)):
-        Fakes(monkeypatch, lambda source, target: strength)
-        assert run_matrix(data, tmp_path / name) == 0
-        cells = read_matrix(tmp_path / name)[1]
-        means[name] = np.mean([cell["value"] for row in cells.values() for t, cell in row.items()
-                               if t != "mean" and cell["setting"] == "F"])
-    code, rows = compared([tmp_path / "small", tmp_path / "large"], capsys)
-    assert code == 0 and rows[0] == ["auc", "A/B", "C", "D", "E", "F", "G", "H", "H - G"]
-    for name, row in zip(means, rows[2:]):
-        assert row[0] == f"m, prompt ({tmp_path / name})" and row[5] == f"{means[name]:.3f} (9)"
-    assert means["large"] > means["small"] + 0.1
+def write_matrix(folder, values, metric="auc", model="m", data_sha256="0"):
+    """A matrix.json with nothing but values, {source: (on news-a, on books-a)}. Returns the folder."""
+    cells = []
+    for source, row in values.items():
+        train = [] if source == "zero-shot" else source.split("+")
+        for target, value in zip(("news-a", "books-a"), row):
+            cells.append({"source": source, "target": target, "setting": common.setting_of(train, target),
+                          "value": value, "data_sha256": data_sha256, "n_users": 9})
+    common.write_json(folder / "matrix.json", {"model": model, "type": "prompt", "metric": metric, "cells": cells})
+    return str(folder)
 
 
-def test_matrices_of_other_metrics_or_users_are_not_compared(data, tmp_path, monkeypatch, capsys):
-    Fakes(monkeypatch)
-    small = {"sources": ["shop"], "targets": ["shop"]}
-    assert run_matrix(data, tmp_path / "auc", **small) == run_matrix(data, tmp_path / "mrr", "--metric", "mrr", **small) == 0
-    assert run_matrix(data, tmp_path / "few", "--evaluate-args=--limit-users 9", **small) == 0
-    for other in ("mrr", "few"):
-        code, _ = compared([tmp_path / "auc", tmp_path / other], capsys)
-        assert code == 2
+def test_compare_models_by_setting(tmp_path, capsys):
+    small = write_matrix(tmp_path / "s", {
+        "zero-shot": (0.50, 0.52), "shop": (0.40, 0.50), "news-b": (0.7, 0.6), "news-a+shop": (0.70, 0.60)})
+    large = write_matrix(tmp_path / "l", model="large", values={
+        "zero-shot": (0.60, 0.62), "shop": (0.50, None), "news-b": (0.8, 0.8), "news-a+shop": (0.90, None)})
 
+    def compare(*folders):
+        code = common.run(transfer_matrix.main, ["--compare", *folders])
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        return code, captured.err, [[word.strip() for word in line.split("|")[1:-1]] for line in lines]
+    code, _, lines = compare(small, large)
+    assert code == 0
+    assert lines[0] == ["auc", "A/B (2)", "D (1)", "F (2)", "H (1)"]  # G on books-a is empty in one
+    # F: shop and news-b are means of their own target first: (0.40 + 0.60) / 2 and (0.50 + 0.80) / 2
+    assert lines[2] == [f"m, prompt ({small})", "0.510", "0.700", "0.500", "0.700"]
+    assert lines[3] == [f"large, prompt ({large})", "0.610", "0.800", "0.650", "0.900"]
+    code, err, _ = compare(small, write_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, data_sha256="1"))
+    assert code == 2 and "share no cell" in err
+    code, err, _ = compare(small, write_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr"))
+    assert code == 2 and "holds mrr" in err and err.count("\n") == 1
+    assert compare(str(tmp_path))[0] == 2
 
-# -------------------------------------------------------------------------------------------------------- with a model
+# ------------------------------------------------------------------------------------------------------------ for real
 
 
 def test_a_tiny_model_from_training_to_picture(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "shop", "news-a+shop", "--targets", "shop",
-            "books-a", "news-b", "news-a", "--out", str(out), "--data", data, "--device", "cpu",
-            "--finetune-args=--epochs 1 --lora-r 4 --lr 0.01", "--evaluate-args=--limit-users 30"]
+            "books-a", "--out", str(out), "--data", data, "--device", "cpu", "--finetune-args=--epochs 1 --lora-r 4",
+            "--evaluate-args=--limit-users 30"]
     assert common.run(transfer_matrix.main, argv) == 0
     first = {path.name: path.read_bytes() for path in out.glob("matrix.*")}
     matrix, cells = read_matrix(out)
-    assert sorted(first) == ["matrix.csv", "matrix.json", "matrix.md", "matrix.svg"]
-    assert cells["shop"]["books-a"]["n_users"] == 30 and matrix["rows"][1]["training"]["samples"] == 320
-    pairs = matrix["similarity"]["pairs"]
-    assert {(pair["source"], pair["target"]) for pair in pairs} == {("shop", t) for t in ("books-a", "news-b", "news-a")}
-    assert all(-1 < pair["cosine"] < 1 for pair in pairs) and -1 <= matrix["similarity"]["rank_correlation"] <= 1
+    assert cells["shop"]["books-a"]["n_users"] == 30 and matrix["runs"]["shop"]["samples"] == 320
+    assert [cells["news-a+shop"][target]["setting"] for target in ("shop", "books-a")] == ["H", "G"]
+
     capsys.readouterr()
     monkeypatch.setattr(finetune, "main", None)
     monkeypatch.setattr(evaluate, "main", None)
-    assert common.run(transfer_matrix.main, argv) == 0 and "$ " not in capsys.readouterr().out
+    assert common.run(transfer_matrix.main, argv) == 0 and not commands_in(capsys.readouterr().out)
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
-    assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 2  # other arguments: nothing is run or replaced
-    assert "made with other seed" in capsys.readouterr().err
+    assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 2  # nothing is run or replaced
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
