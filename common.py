@@ -496,8 +496,8 @@ def score_prompts(scorer, users):
 # ----------------------------------------------------------------------------------------------- embedding scoring
 
 
-def embed(scorer, ids):
-    """Embeddings of texts (token ids): a tensor (texts, width), float32 at least, with gradient.
+def embed_batch(scorer, ids):
+    """Embeddings of texts (token ids) by one forward pass: a tensor (texts, width), float32 at least, with gradient.
 
     Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
@@ -515,15 +515,19 @@ def embed(scorer, ids):
     return pooled if scorer.dense is None else scorer.dense(pooled)
 
 
-def embed_ids(scorer, ids):
-    """Embeddings of texts (token ids) in batches: a float64 array (texts, width), each of length 1."""
-    vectors = [None] * len(ids)
+def embed(scorer, ids):
+    """Embeddings of texts (token ids), in their order, by as many forward passes as it takes; as embed_batch."""
+    vectors, order = [], []
     for batch in fill_batches(scorer, list(map(len, ids))):
-        with torch.inference_mode():
-            states = embed(scorer, [ids[i] for i in batch]).double().cpu().numpy()
-        for i, state in zip(batch, states):
-            vectors[i] = state / (np.linalg.norm(state) or 1.0)
-    return vectors
+        vectors.append(embed_batch(scorer, [ids[i] for i in batch]))
+        order += batch
+    return torch.cat(vectors)[torch.tensor(order).argsort()]
+
+
+def embed_ids(scorer, ids):
+    """Embeddings of texts (token ids), each of length 1: a float64 array (texts, width)."""
+    with torch.inference_mode():
+        return torch.nn.functional.normalize(embed(scorer, ids).double()).cpu().numpy()
 
 
 def encode_items(scorer, texts):
@@ -902,7 +906,7 @@ def scores_or_embeddings(scorer, texts):
     """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
     with torch.inference_mode():
         if scorer.type == "embed":
-            return torch.nn.functional.normalize(embed(scorer, texts))
+            return torch.nn.functional.normalize(embed_batch(scorer, texts))
         return score_rows(scorer, [Row([], [text], [i]) for i, text in enumerate(texts)])
 
 

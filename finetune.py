@@ -235,17 +235,9 @@ def embed_losses(scorer, train, samples):
         items = [train[user][0][candidate + 1] for user, candidate in part]
         labels = [train[user][1][candidate] for user, candidate in part]
         of_user = [users.index(user) for user, _ in part]
-        cosines = cosine_similarity(embed(scorer, histories)[of_user], embed(scorer, items))
+        cosines = cosine_similarity(common.embed(scorer, histories)[of_user], common.embed(scorer, items))
         loss = (cosines - cosines.new_tensor(labels)).square().sum()
         yield loss, sum(map(len, histories + items))
-
-
-def embed(scorer, texts):
-    """common.embed in as many passes as the model's layout asks for, in the order of the texts."""
-    batches = common.fill_batches(scorer, list(map(len, texts)))
-    vectors = torch.cat([common.embed(scorer, [texts[i] for i in batch]) for batch in batches])
-    order = [i for batch in batches for i in batch]
-    return vectors[torch.tensor(order).argsort()]
 
 
 def validate(args, scorer, valid):
