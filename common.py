@@ -10,7 +10,7 @@ A worked sample. A user's history holds two items, and one candidate is asked ab
     telescope nebula after planet
     Answer:
 
-and gives a logit to every token that might come next: 2.1 to " Yes", 1.4 to " No". The candidate's score is the
+and gives a logit to every token that might come next, say 2.1 to " Yes" and 1.4 to " No". The candidate's score is the
 difference, 0.7. Another candidate of this user, about football, gets -0.2. The user liked the first (label 1) and not
 the second (label 0): the positive stands above the negative, so this user's AUC is 1.
 

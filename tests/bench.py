@@ -6,8 +6,8 @@
 Weights and titles are random; nothing is downloaded. One JSON line per case; its max_abs_diff compares the results:
     score, candidates  one_at_a_time: one prompt per forward pass, the logits of every position and word;
                        batched: score_prompts without packing; packed: score_prompts
-    embed              one_at_a_time: each distinct text by itself; batched: both texts of every sample;
-                       packed: score_embeddings, each distinct text once
+    embed              one_at_a_time: each distinct text by itself through the whole language model;
+                       batched: both texts of every sample; packed: score_embeddings, each distinct text once
     train              a step on 32 samples without dropout. one_at_a_time: as in score; padded: all 32 prompts in one
                        padded batch with every logit; batched, packed: train_step. Compared are gradients, as a share of
                        the largest
@@ -62,7 +62,7 @@ def main(argv=None):
     for n in args.sweep:
         few = make_users(rng, math.ceil(10 / n), args.history, n)
         score_case(args, scorer, heads, few, ["batched", "packed"], case="candidates", candidates=n)
-    embed_case(args, scorer, users)
+    embed_case(args, scorer, heads, users)
     train_case(args, scorer, heads, users)
 
 
@@ -127,7 +127,8 @@ def synchronize(args):
 def report(args, samples, ways, run, rows, unpacked, model, training=False, **first):
     """Time the ways, run(way) returns scores or gradients, and print the case."""
     times, answers = race(args, ways, run)
-    size, kind = 8192 if "cuda" in args.device else 2048, dict(device=args.device, dtype=getattr(torch, args.dtype))
+    size = 256 if args.shape == "tiny" else 8192 if "cuda" in args.device else 2048
+    kind = dict(device=args.device, dtype=getattr(torch, args.dtype))
     a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
     product, _ = race(args, ["product"] * 10, lambda way: a @ b)
     gflops = 2e-9 * size**3 / product["product"]
@@ -174,8 +175,10 @@ def score_case(args, scorer, heads, users, ways, **first):
     report(args, sum(map(len, per_user)), ways, run, rows, sum(map(len, sum(per_user, []))), scorer.model, **first)
 
 
-def embed_case(args, scorer, users):
+def embed_case(args, scorer, heads, users):
     """Embedding-based scoring."""
+    def every_logit(module, inputs, output):
+        heads["whole"](output.last_hidden_state)
     scorer = scorer._replace(model=scorer.model.get_decoder(), type="embed", layout="padded")
     pairs = []
     for user in users:
@@ -188,8 +191,12 @@ def embed_case(args, scorer, users):
         if way == "batched":
             vectors = common.embed_ids(scorer, texts)
             return np.array([a @ b for a, b in zip(vectors[::2], vectors[1::2])])
-        max_tokens = 1 if way == "one_at_a_time" else scorer.max_tokens
-        return np.concatenate(common.score_embeddings(scorer._replace(max_tokens=max_tokens), users, {})[0])
+        if way == "packed":
+            return np.concatenate(common.score_embeddings(scorer, users, {})[0])
+        hook = scorer.model.register_forward_hook(every_logit)
+        scores = np.concatenate(common.score_embeddings(scorer._replace(max_tokens=1), users, {})[0])
+        hook.remove()
+        return scores
     report(args, len(pairs), ["one_at_a_time", "batched", "packed"], run, rows, sum(map(len, texts)), scorer.model,
            case="embed")
 
