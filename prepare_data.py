@@ -22,7 +22,6 @@ import functools
 import gzip
 import hashlib
 import html
-import io
 import json
 import os
 import random
@@ -33,12 +32,9 @@ import zlib
 from array import array
 from collections import Counter
 from datetime import datetime, timezone
-from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 import common
@@ -357,7 +353,8 @@ SOURCES = {
 
 MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
-ROW_START = re.compile(r"\d+,(?!\d{3}\b)\S")  # "12,Heat": so starts a row and, unlike "10,000 views", hardly a text
+ROW_START = re.compile(r"\n\d+,(?!\d{3}\b)\S")  # "12,Heat": so starts a row and, unlike "10,000 views", hardly a text
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what read_lines makes of bytes that are not UTF-8
 
 
 def find_file(folder, file):
@@ -396,44 +393,22 @@ def find_files(name, raw):
     return tables
 
 
-class Lines:
-    """The decoded lines of a raw file, plain or .gz, with progress in bytes of the file on disk.
+def read_lines(path, latin1):
+    """Yield the lines of a raw file, plain or .gz; bytes that are not UTF-8 become half surrogates (NOT_UTF8).
 
-    number: of the last line, from 1. problem: why a line since the last row is not UTF-8, or None.
+    latin1: a line that is not UTF-8 is latin-1 instead. Raises UserError where the file is damaged or is UTF-16.
     """
-
-    def __init__(self, path, latin1):
-        self.path, self.latin1 = path, latin1
-        self.number, self.problem = 0, None
-
-    def __iter__(self):
-        size = self.path.stat().st_size
-        with open(self.path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=str(self.path)) as bar:
-            unpacked = io.BufferedReader(gzip.GzipFile(fileobj=file)) if self.path.suffix == ".gz" else file
-            while True:
-                try:
-                    block = unpacked.readlines(1 << 20)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise UserError(f"{self.path} is cut short or damaged ({error}); get it again") from None
-                if not block:
-                    return
-                for line in block:
-                    self.number += 1
-                    yield self.decoded(line)
-                bar.update(file.tell() - bar.n)
-
-    def decoded(self, line):
-        """A line as text. Raises UserError where the file is UTF-16."""
-        if self.number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if b"\0" in line or self.number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{self.path}, line {self.number}: NUL bytes or a mark of UTF-16; the file has to be UTF-8")
-        try:
-            return line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if not self.latin1:
-                self.problem = f"no UTF-8: {error.object[error.start:error.start + 1]!r}"
-            return line.decode("latin-1")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(tqdm(file, desc=str(path), unit=" lines", mininterval=0.5), 1):
+                if "\0" in line:
+                    raise UserError(f"{path}, line {number}: NUL bytes; the file has to be UTF-8, not UTF-16")
+                if latin1 and NOT_UTF8.search(line):
+                    line = line.encode("utf-8", "surrogateescape").decode("latin-1")
+                yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}); get it again") from None
 
 
 def netflix_rows(lines):
@@ -455,41 +430,29 @@ def json_fields(line, names):
     return [*fields, text_of(row.get(names[-1]))]
 
 
-class Columns:
-    """How many fields the rows of a CSV file have and which of them count: told by its first row, the header if named.
-
-    Raises UserError where the header lacks one of names.
-    """
-
-    def __init__(self, path, first, names):
-        self.path, self.width, self.names, self.pick = path, len(first), names, None
-        header = [field.strip() for field in first]
-        for name in names:
-            if name not in header:
-                raise UserError(f"{path} has no column {name!r}; its first line is {','.join(first)[:80]!r}")
-        if names:
-            self.pick = itemgetter(*map(header.index, names))
-
-    def fields(self, row):
-        """The fields that count. Raises ValueError where there are more or fewer than in the first row."""
-        if len(row) != self.width:
-            raise ValueError(f"{len(row)} fields, not {self.width}")
-        if self.pick is None:
-            return row
-        fields = self.pick(row)
-        if fields == self.names:
-            raise ValueError("a second header row")
-        return fields
+def read_header(path, rows, names):
+    """The first row of a CSV file, which tells its columns. Raises UserError where one of names is missing."""
+    header = [field.strip() for field in next(rows, [])]
+    for name in names:
+        if name not in header:
+            raise UserError(f"{path} has no column {name!r}; its first line is {','.join(header)[:80]!r}")
+    return header
 
 
-def check_quotes(path, row, start, end):
-    """A quote that is not closed swallows the rows after it. Raises UserError where a text seems to have done so."""
-    swallowed = end - start > 10
-    for field in row:
-        for line in field.splitlines()[1:]:
-            swallowed = swallowed or ROW_START.match(line)
-    if swallowed:
-        raise UserError(f"{path}, line {start}: a quote that opens there closes on line {end} only")
+def fields_of(table, row, header):
+    """What table.parse takes of a row. Raises ValueError where it has not the columns of the header."""
+    if table.form == "json":
+        return json_fields(row, table.columns)
+    if table.form != "csv":
+        return row.rstrip("\r\n")
+    if len(row) != len(header):
+        raise ValueError(f"{len(row)} fields, not {len(header)}")
+    if not table.columns:
+        return row
+    fields = [row[header.index(name)] for name in table.columns]
+    if fields == list(table.columns):
+        raise ValueError("a second header row")
+    return fields
 
 
 def read_rows(path, table, counts):
@@ -499,54 +462,46 @@ def read_rows(path, table, counts):
     UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
-    lines, columns, good = Lines(path, table.latin1), None, 0
-    rows = iter(lines)
-    if table.form == "csv":
-        rows = csv.reader(rows, strict=True)
-    elif table.form == "netflix":
+    rows, header, line = read_lines(path, table.latin1), None, 0
+    if table.form == "netflix":
         rows = netflix_rows(rows)
-    start = 1  # the line on which a row starts; with quotes it may end on a later one
     try:
+        if table.form == "csv":
+            rows = csv.reader(rows, strict=True)
+            if table.columns:
+                header, line = read_header(path, rows, table.columns), 1
         for row in rows:
-            parsed = None
+            first = line + 1  # a row of a CSV file may end on a later line
+            line = rows.line_num if table.form == "csv" else first
+            text = row if table.form != "csv" else ",".join(row)
+            if not text.strip():
+                continue
+            if line > first and ROW_START.search(text):
+                raise UserError(f"{path}, line {first}: a quote that opens there closes on line {line} only")
+            if header is None:
+                header = row
             try:
-                if lines.problem:
-                    raise ValueError(lines.problem)
-                if table.form == "csv":
-                    if lines.number > start:
-                        check_quotes(path, row, start, lines.number)
-                    if columns is None:
-                        columns = Columns(path, row, table.columns)
-                    if start > 1 or not table.columns:
-                        parsed = table.parse(columns.fields(row))
-                elif table.form == "json":
-                    parsed = table.parse(json_fields(row, table.columns))
-                else:
-                    parsed = table.parse(row.rstrip("\r\n"))
+                if NOT_UTF8.search(text):
+                    raise ValueError(f"no UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
+                parsed = table.parse(fields_of(table, row, header))
             except MALFORMED as error:
-                if start > 1 or not table.header:
-                    note_malformed(count, row, start, error)
-                lines.problem = None
-                if count["malformed"] > 10_000 + good:
-                    break  # a file of another kind: no need to read it to its end
-            if parsed is not None:
-                good += 1
-                yield parsed
-            start = lines.number + 1
+                if first > 1 or not table.header:
+                    note_malformed(count, text, first, error)
+                continue
+            count["rows"] += 1
+            yield parsed
     except csv.Error as error:
-        raise UserError(f"{path}, line {start}: {error}; is a quote not closed?") from None
-    count["rows"] = good + count["malformed"]
+        raise UserError(f"{path}, line {line + 1}: {error}; is a quote not closed?") from None
+    count["rows"] += count["malformed"]
     check_malformed(path, count)
 
 
-def note_malformed(count, row, line, error):
-    """Count a malformed row, unless it is blank, and keep the line, the beginning and the reason of the first."""
-    text = row if isinstance(row, str) else ",".join(row)
-    if not text.strip():
-        return
+def note_malformed(count, text, line, error):
+    """Count a malformed row and keep the line, the beginning and the reason of the first."""
     if not count["malformed"]:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        count["first_malformed"] = {"line": line, "text": text.rstrip()[:80], "reason": reason[:200]}
+        shown = text.rstrip()[:80].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        count["first_malformed"] = {"line": line, "text": shown, "reason": reason[:200]}
     count["malformed"] += 1
 
 
@@ -584,7 +539,7 @@ def read_items(table, counts, dropped):
 
 # ------------------------------------------------------------------------------------------------- a sample of users
 
-EVERYBODY = 1 << 62  # hashes of users are below it: 62 bits, so that they fit an array of int64
+EVERYBODY = 1 << 64  # hashes of users are below it
 
 
 class Sample:
@@ -595,20 +550,15 @@ class Sample:
 
     def __init__(self, seed, dataset, max_rows):
         self.key, self.max_rows, self.threshold = (seed, dataset), max_rows, EVERYBODY
-        self.hashes = {}  # user -> hash, of users met lately, kept or not
-        self.names = {}  # hash -> user, of the users that are kept
-        self.histories = {}  # hash -> (time, ids in one string): the earliest history of an impression
-        self.users, self.items = array("q"), array("i")  # of each event the hash of its user, the number of its item,
-        self.times, self.labels = array("q"), array("b")  # its time and its label
+        self.events = {}  # user -> array: item's number, time, label of one event, then of the next
+        self.histories = {}  # user -> (time, ids in one string): the earliest history of an impression
+        self.rows = 0  # events that are kept
 
     def hash_of(self, user):
-        """The hash of a user who is not in self.hashes."""
-        if len(self.hashes) >= 1_000_000:  # bounded memory: who comes again is hashed again
-            self.hashes.clear()
-        hashed = self.hashes[user] = common.digest(*self.key, user) >> 2
-        if hashed < self.threshold:
-            self.names[hashed] = user
-        return hashed
+        return common.digest(*self.key, user)
+
+    def keeps(self, user):
+        return user in self.events or self.hash_of(user) < self.threshold
 
     def fill(self, rows, numbers, dropped):
         """Take in lists of events (user, item, time, label); numbers: {item: its number}; dropped counts the unusable.
@@ -619,54 +569,38 @@ class Sample:
         for events in rows:
             for user, item, time, label in events:
                 seen += 1
-                if seen % 10_000 == 0:
-                    self.shrink()
-                hashed = self.hashes.get(user)
-                if hashed is None:
-                    hashed = self.hash_of(user)
-                number = numbers.get(item)
                 if not user:
                     dropped["events without user"] += 1
-                elif label == HISTORY:
-                    if hashed < self.threshold:
-                        self.histories[hashed] = min((time, item), self.histories.get(hashed, (time, item)))
-                elif number is None:
+                elif label != HISTORY and item not in numbers:
                     dropped["events whose item has no text"] += 1
                     unknown = item
-                elif hashed < self.threshold:
-                    self.users.append(hashed)
-                    self.items.append(number)
-                    self.times.append(seen if time is None else time)
-                    self.labels.append(label)
-        self.shrink()
+                elif self.keeps(user):
+                    of_user = self.events.setdefault(user, array("q"))
+                    if label == HISTORY:
+                        self.histories[user] = min((time, item), self.histories.get(user, (time, item)))
+                    else:
+                        of_user.extend((numbers[item], seen if time is None else time, label))
+                        self.rows += 1
+            # a user takes the memory of 4 events, a history that of 20
+            while self.rows + 4 * len(self.events) + 20 * len(self.histories) > self.max_rows:
+                self.halve()
         return unknown
 
-    def shrink(self):
-        """Halve the threshold until no more than max_rows are kept: a name takes the memory of 4, a history of 20."""
-        while len(self.users) + 4 * len(self.names) + 20 * len(self.histories) > self.max_rows:
-            self.threshold >>= 1
-            kept = np.frombuffer(self.users, np.int64) < self.threshold
-            for name in ("users", "items", "times", "labels"):
-                column = getattr(self, name)
-                values = np.frombuffer(column, column.typecode)[kept]
-                setattr(self, name, array(column.typecode, values.tobytes()))
-            for name in ("names", "histories"):
-                table = getattr(self, name)
-                setattr(self, name, {hashed: table[hashed] for hashed in table if hashed < self.threshold})
+    def halve(self):
+        """Halve the threshold and forget the users above it."""
+        self.threshold >>= 1
+        for user in list(self.events):
+            if self.hash_of(user) >= self.threshold:
+                self.rows -= len(self.events.pop(user)) // 3
+                self.histories.pop(user, None)
 
     def by_user(self):
         """Yield (user, events [(item number, time, label)] in the order of the files, history), lowest hash first."""
-        users = np.frombuffer(self.users, np.int64)
-        order = sorted(self.names)
-        for first in range(0, len(order), 5000):  # the first users are usually enough, so look for no others
-            batch, events = order[first:first + 5000], {}
-            for place in np.flatnonzero((users >= batch[0]) & (users <= batch[-1])).tolist():
-                event = self.items[place], self.times[place], self.labels[place]
-                events.setdefault(self.users[place], []).append(event)
-            for hashed in batch:
-                if hashed in events:
-                    _, history = self.histories.get(hashed, (0, ""))
-                    yield self.names[hashed], events[hashed], history.split()
+        for user in sorted(self.events, key=self.hash_of):
+            flat = self.events[user]
+            _, history = self.histories.get(user, (0, ""))
+            if flat:
+                yield user, list(zip(flat[0::3], flat[1::3], flat[2::3])), history.split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
