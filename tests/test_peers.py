@@ -11,7 +11,7 @@ def test_the_ways_agree(tmp_path, capsys):
     argv = ["--model", tiny.build("llama", tmp_path / "model"), "--data", str(tmp_path / "data"), "--test", "mind",
             "--rounds", "1", "--device", "cpu"]
     peers.main(argv)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"case"')]
     ways = {(line["case"], line["way"]): line for line in lines}
     assert ways["score", "key-value cache"]["max_difference"] < 1e-5
     assert ways["train", "Trainer"]["max_difference"] < 1e-3
