@@ -1369,11 +1369,20 @@ def job_state(place, job, found, finished, overwrite):
     return "finished" if finished else "continue"
 
 
+def read_job(path):
+    """The job in a JSON file of results; {} where another program wrote the file."""
+    value = read_json(path)
+    job = value.get("job") if isinstance(value, dict) else None
+    return job if isinstance(job, dict) else {}
+
+
 def read_run(folder, args):
     """run.json of the finetune.py run in folder. Raises UserError where it is unfinished or of another model or type."""
     if not Path(folder, "run.json").exists():
         raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing)")
     run = read_json(Path(folder, "run.json"))
+    if not read_job(Path(folder, "run.json")):
+        raise UserError(f"{folder}/run.json was not written by finetune.py")
     if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
                         f"--model {args.model} --type {args.type} (or the model's files have changed)")
