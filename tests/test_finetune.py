@@ -346,6 +346,13 @@ def whole(data, models, tmp_path_factory):
     return out, time.perf_counter() - started
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_steps(whole):
+    lines = map(json.loads, Path(whole[0], "log.jsonl").read_text().splitlines())
+    speeds = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
+    at_least = 4 * 32 / speeds[0] + 4 * 32 / speeds[1]  # of five batches each, some of them short
+    assert at_least < read_json(whole[0] / "run.json")["seconds"]
+
+
 @pytest.mark.parametrize("at_step", [1, 5, 6, 14])
 def test_killed_within_a_step_a_run_ends_with_the_same_bits(data, models, tmp_path, whole, monkeypatch, capsys, at_step):
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -488,11 +495,15 @@ def test_a_finished_run_answers_at_once_and_other_arguments_are_refused(data, mo
     assert contents(out) == contents(whole[0])
 
 
-@pytest.mark.parametrize("name, text", [("adapter_config.json", "{}"), ("run.json", '{"mine": 1}')])
+@pytest.mark.parametrize("name, text", [("adapter_config.json", "{}"), ("run.json", '{"mine": 1}'),
+                                        ("run.json", "[]"), ("run.json", '{"job": 3}')])
 def test_the_files_of_another_program_are_refused(data, models, tmp_path, capfd, name, text):
     (tmp_path / name).write_text(text)
     assert "made with other" in error_of(capfd, data, models["llama"], tmp_path, *SHORT)
     assert contents(tmp_path) == {name: text.encode()}
+    if name == "run.json":
+        init = [tmp_path / "out", *SHORT, "--init-adapter", tmp_path]
+        assert "was not written by finetune.py" in error_of(capfd, data, models["llama"], *init)
 
 
 def test_overwrite_removes_nothing_before_there_is_something_in_its_place(data, models, tmp_path, whole, capfd,
@@ -534,6 +545,24 @@ def test_two_processes_are_one(data, models, tmp_path, kind):
     curves = [read_json(tmp_path / name / "run.json")["curve"] for name in ("two", "one")]
     for point, wanted in zip(*curves, strict=True):
         assert point["valid"] == pytest.approx(wanted["valid"], rel=1e-12)
+
+
+def test_two_processes_share_the_validation_users_and_draw_dropout_of_their_own(data, models, tmp_path, monkeypatch,
+                                                                                capfd):
+    score_prompts = common.score_prompts
+
+    def counted(scorer, users):
+        with open(tmp_path / os.environ["RANK"], "a") as file:
+            file.write(f"{len(users)} ")
+        return score_prompts(scorer, users)
+    monkeypatch.setattr(common, "score_prompts", counted)
+    monkeypatch.setattr(finetune, "save_run", print)  # so state.pt stays
+    command = [data, models["llama"], tmp_path / "out", *SHORT]
+    assert wait(start(2, *command)) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 " * 4, "2 " * 4]  # of four, four times
+    first, second = torch.load(tmp_path / "out/state.pt")["random"]
+    assert not torch.equal(first[0], second[0])
+    assert "made with other processes:" in error_of(capfd, *command)
 
 
 @pytest.mark.slow
@@ -643,6 +672,10 @@ def test_an_adapter_belongs_to_its_base_model_and_type(data, models, tmp_path, w
     assert "--type prompt, not" in error_of(capfd, data, models["llama"], tmp_path / "out", *init, "--type", "embed")
     moved = shutil.copytree(models["llama"], tmp_path / "moved")
     assert run(data, moved, tmp_path / "out", *init) == 0  # the same files elsewhere
+    other = shutil.copytree(whole[0], tmp_path / "other-init")
+    (other / "log.jsonl").write_text("")
+    init_other = [tmp_path / "out", *SHORT, "--init-adapter", other]
+    assert "made with other init_adapter:" in error_of(capfd, data, moved, *init_other)
     network = transformers.AutoModelForCausalLM.from_pretrained(moved)
     torch.nn.init.normal_(network.model.norm.weight)
     network.save_pretrained(moved)
