@@ -346,7 +346,8 @@ def whole(data, models, tmp_path_factory):
     return out, time.perf_counter() - started
 
 
-def test_the_seconds_of_a_run_are_those_of_all_its_steps(whole):
+def test_the_last_step_is_evaluated_too_and_the_seconds_of_a_run_are_those_of_all_its_steps(whole):
+    assert [point["step"] for point in read_json(whole[0] / "run.json")["curve"]] == [0, 5, 10, 15, 16]
     lines = map(json.loads, Path(whole[0], "log.jsonl").read_text().splitlines())
     speeds = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
     at_least = 4 * 32 / speeds[0] + 4 * 32 / speeds[1]  # of five batches each, some of them short
@@ -560,9 +561,12 @@ def test_two_processes_share_the_validation_users_and_draw_dropout_of_their_own(
     command = [data, models["llama"], tmp_path / "out", *SHORT]
     assert wait(start(2, *command)) == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 " * 4, "2 " * 4]  # of four, four times
-    first, second = torch.load(tmp_path / "out/state.pt")["random"]
-    assert not torch.equal(first[0], second[0])
     assert "made with other processes:" in error_of(capfd, *command)
+
+    monkeypatch.setattr(finetune, "train_step", sys.exit)  # the first state stays, before anything is drawn
+    wait(start(2, data, models["llama"], tmp_path / "first", *SHORT))
+    first, second = torch.load(tmp_path / "first/state.pt")["random"]
+    assert not torch.equal(first[0], second[0])
 
 
 @pytest.mark.slow
