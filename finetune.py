@@ -402,7 +402,7 @@ def saved_state(args, job):
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            found = state["job"]
+            found = dict(state["job"])
         except Exception as error:
             raise UserError(f"{path} is damaged ({str(error)[:100]}): start again with --overwrite") from None
     elif run_path.exists():

@@ -449,10 +449,9 @@ def fields_of(table, row, header):
         raise ValueError(f"{len(row)} fields, not {len(header)}")
     if not table.columns:
         return row
-    fields = [row[header.index(name)] for name in table.columns]
-    if fields == list(table.columns):
+    if row == header:
         raise ValueError("a second header row")
-    return fields
+    return [row[header.index(name)] for name in table.columns]
 
 
 def read_rows(path, table, counts):
@@ -481,7 +480,7 @@ def read_rows(path, table, counts):
             if header is None:
                 header = row
             try:
-                if NOT_UTF8.search(text):
+                if not text.isascii() and NOT_UTF8.search(text):
                     raise ValueError(f"no UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
                 parsed = table.parse(fields_of(table, row, header))
             except MALFORMED as error:
@@ -557,9 +556,6 @@ class Sample:
     def hash_of(self, user):
         return common.digest(*self.key, user)
 
-    def keeps(self, user):
-        return user in self.events or self.hash_of(user) < self.threshold
-
     def fill(self, rows, numbers, dropped):
         """Take in lists of events (user, item, time, label); numbers: {item: its number}; dropped counts the unusable.
 
@@ -574,25 +570,28 @@ class Sample:
                 elif label != HISTORY and item not in numbers:
                     dropped["events whose item has no text"] += 1
                     unknown = item
-                elif self.keeps(user):
-                    of_user = self.events.setdefault(user, array("q"))
+                elif user in self.events or self.hash_of(user) < self.threshold:
+                    if user not in self.events:
+                        self.events[user] = array("q")
                     if label == HISTORY:
                         self.histories[user] = min((time, item), self.histories.get(user, (time, item)))
                     else:
-                        of_user.extend((numbers[item], seen if time is None else time, label))
+                        self.events[user].extend((numbers[item], seen if time is None else time, label))
                         self.rows += 1
-            # a user takes the memory of 4 events, a history that of 20
-            while self.rows + 4 * len(self.events) + 20 * len(self.histories) > self.max_rows:
-                self.halve()
+                if seen % 10_000 == 0:
+                    self.shrink()
+        self.shrink()
         return unknown
 
-    def halve(self):
-        """Halve the threshold and forget the users above it."""
-        self.threshold >>= 1
-        for user in list(self.events):
-            if self.hash_of(user) >= self.threshold:
-                self.rows -= len(self.events.pop(user)) // 3
-                self.histories.pop(user, None)
+    def shrink(self):
+        """Halve the threshold, and forget the users above it, until no more than max_rows are kept."""
+        # a user takes the memory of 4 events, a history that of 20
+        while self.rows + 4 * len(self.events) + 20 * len(self.histories) > self.max_rows:
+            self.threshold >>= 1
+            for user in list(self.events):
+                if self.hash_of(user) >= self.threshold:
+                    self.rows -= len(self.events.pop(user)) // 3
+                    self.histories.pop(user, None)
 
     def by_user(self):
         """Yield (user, events [(item number, time, label)] in the order of the files, history), lowest hash first."""
