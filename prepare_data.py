@@ -76,7 +76,7 @@ def label_of(stars):
 
 
 def unix_time(text):
-    """Seconds (MicroLens: milliseconds) since 1970, already a number."""
+    """Seconds (MicroLens: milliseconds) since 1970, given as a number."""
     time = int(text)
     if abs(time) > 1 << 60:
         raise ValueError(f"the time {time}")
@@ -86,7 +86,7 @@ def unix_time(text):
 @functools.lru_cache(1 << 16)
 def iso_time(text):
     """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; without a zone: UTC."""
-    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python before 3.11 does not know the Z
+    moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=timezone.utc)
     return int(moment.timestamp())
@@ -256,7 +256,7 @@ def steam_item(fields):
     """App_ID_Info.txt: app, title, type, price, ...; titles are UTF-8 or Windows-1252 that was taken for latin-1."""
     item, title, *_ = fields
     if not item.isdecimal():
-        raise ValueError("the app id is no number")
+        raise ValueError("the app id is not a number")
     for encoding in ("utf-8", "cp1252"):
         with contextlib.suppress(UnicodeError):
             return item, clean(title.encode("latin-1").decode(encoding))
@@ -425,22 +425,36 @@ def json_fields(line, names):
     """The values of a JSON object by name, as text; "" for null, and where the last is missing."""
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     fields = [text_of(row[name]) for name in names[:-1]]
     return [*fields, text_of(row.get(names[-1]))]
 
 
-def read_header(path, rows, names):
-    """The first row of a CSV file, which tells its columns. Raises UserError where one of names is missing."""
-    header = [field.strip() for field in next(rows, [])]
+def csv_rows(path, lines):
+    """Yield (number of the line on which it begins, fields) of every row of CSV. Raises UserError on wrong quotes."""
+    rows = csv.reader(lines, strict=True)
+    line = 1
+    try:
+        for fields in rows:
+            if rows.line_num > line and ROW_START.search(",".join(fields)):
+                raise UserError(f"{path}, line {line}: a quote that opens there closes on line {rows.line_num} only")
+            yield line, fields
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: {error}; is a quote not closed?") from None
+
+
+def find_columns(path, header, names):
+    """Where in the header of a CSV file each of the names stands. Raises UserError where one is missing."""
+    header = [field.strip() for field in header]
     for name in names:
         if name not in header:
             raise UserError(f"{path} has no column {name!r}; its first line is {','.join(header)[:80]!r}")
-    return header
+    return [header.index(name) for name in names]
 
 
-def fields_of(table, row, header):
-    """What table.parse takes of a row. Raises ValueError where it has not the columns of the header."""
+def fields_of(table, row, header, columns):
+    """What table.parse takes of a row. Raises ValueError if it does not have the columns of the header."""
     if table.form == "json":
         return json_fields(row, table.columns)
     if table.form != "csv":
@@ -451,7 +465,7 @@ def fields_of(table, row, header):
         return row
     if row == header:
         raise ValueError("a second header row")
-    return [row[header.index(name)] for name in table.columns]
+    return [row[column] for column in columns]
 
 
 def read_rows(path, table, counts):
@@ -461,36 +475,30 @@ def read_rows(path, table, counts):
     UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
-    rows, header, line = read_lines(path, table.latin1), None, 0
+    lines = read_lines(path, table.latin1)
     if table.form == "netflix":
-        rows = netflix_rows(rows)
-    try:
-        if table.form == "csv":
-            rows = csv.reader(rows, strict=True)
-            if table.columns:
-                header, line = read_header(path, rows, table.columns), 1
-        for row in rows:
-            first = line + 1  # a row of a CSV file may end on a later line
-            line = rows.line_num if table.form == "csv" else first
-            text = row if table.form != "csv" else ",".join(row)
-            if not text.strip():
+        lines = netflix_rows(lines)
+    rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
+    header = columns = None
+    for line, row in rows:
+        text = ",".join(row) if table.form == "csv" else row
+        if not text.strip():
+            continue
+        if header is None:
+            header = row
+            if table.form == "csv" and table.columns:
+                columns = find_columns(path, header, table.columns)
                 continue
-            if line > first and ROW_START.search(text):
-                raise UserError(f"{path}, line {first}: a quote that opens there closes on line {line} only")
-            if header is None:
-                header = row
-            try:
-                if not text.isascii() and NOT_UTF8.search(text):
-                    raise ValueError(f"no UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
-                parsed = table.parse(fields_of(table, row, header))
-            except MALFORMED as error:
-                if first > 1 or not table.header:
-                    note_malformed(count, text, first, error)
-                continue
-            count["rows"] += 1
-            yield parsed
-    except csv.Error as error:
-        raise UserError(f"{path}, line {line + 1}: {error}; is a quote not closed?") from None
+        try:
+            if not text.isascii() and NOT_UTF8.search(text):
+                raise ValueError(f"not UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
+            parsed = table.parse(fields_of(table, row, header, columns))
+        except MALFORMED as error:
+            if line > 1 or not table.header:
+                note_malformed(count, text, line, error)
+            continue
+        count["rows"] += 1
+        yield parsed
     count["rows"] += count["malformed"]
     check_malformed(path, count)
 
@@ -524,7 +532,7 @@ def read_table(table, counts):
 
 
 def read_items(table, counts, dropped):
-    """{item id: text} of the items that have a text, by id. Of several texts of one id the first in the alphabet."""
+    """{item id: text} of the items that have a text, by id. Of several texts of one id the alphabetically first."""
     items = {}
     for item, text in read_table(table, counts):
         if not item:
@@ -704,7 +712,6 @@ OUR_FILES = ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "valid.jso
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
     row, tables, folder = common.DATASETS[name], find_files(name, args.raw), Path(args.out, name)
-    found = found_job(folder)
     job = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
            "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
            "next_item": bool(args.positives or args.negatives), "max_rows": args.max_rows,
@@ -715,12 +722,12 @@ def prepare(name, args):
         job["train_size"] = 100_000 if row.finetune else 0
     if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    job["raw"] = raw_files(Path(args.raw, name), tables[0].files + tables[1].files, found)
-    if is_finished(folder, job, found, args.overwrite):
-        return
-    with replacing(folder) as new:  # made before the reading, so that where nothing can be written is said at once
+    job["raw"] = raw_files(Path(args.raw, name), tables[0].files + tables[1].files)
+    new = begin(folder, job, args.overwrite)  # before the reading: a folder that cannot be written is reported at once
+    if new is not None:
         texts, splits, report = read_dataset(tables, job)
         write_dataset(new, texts, splits, job, report)
+        put_in_place(new, folder)
 
 
 def read_dataset(tables, job):
@@ -745,7 +752,7 @@ def read_dataset(tables, job):
                        f"{found} were found{more}")
     if not test and not tuned:
         examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
-        raise UserError(f"{name}: no samples; dropped were {json.dumps(dropped)}{examples}")
+        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
     valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
     splits = {"train": tuned[valid:], "valid": tuned[:valid], "test": test}
     return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
@@ -794,66 +801,48 @@ def found_job(folder):
     own = isinstance(meta, dict) and meta.get("dataset") == folder.name
     for name in names:
         if not own or name not in meta.get("files", OUR_FILES):
-            raise UserError(f"{folder} is in the way: it holds {name}, which prepare_data.py has not written; "
+            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py has not written; "
                             "choose another --out")
     return meta.get("job", {}) if names else None
 
 
-def raw_files(folder, paths, job):
-    """{name below the folder: {"size", "modified", "sha256"}} of raw files.
-
-    job: the one found beside the output, or None. A file whose size and time of modification stand there is not read
-    again; one that was touched but not edited keeps what stands there.
-    """
-    raw, known = {}, (job or {}).get("raw", {})
+def raw_files(folder, paths):
+    """{name below the folder: {"size", "sha256"}} of raw files: no edit goes unseen."""
+    raw = {}
     for path in sorted(set(paths)):
-        name, status = path.relative_to(folder).as_posix(), path.stat()
-        before = known.get(name, {})
-        raw[name] = {**before, "size": status.st_size, "modified": status.st_mtime_ns}
-        if raw[name] != before:
-            raw[name]["sha256"] = file_sha256(path)
-        if raw[name]["sha256"] == before.get("sha256"):
-            raw[name] = before
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        raw[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256}
     return raw
 
 
-def file_sha256(path):
-    """The sha256 of a file."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        block = file.read(1 << 20)
-        while block:
-            sha256.update(block)
-            block = file.read(1 << 20)
-    return sha256.hexdigest()
+# A dataset is written into a new folder beside its own, which takes its place at the end: a run that is stopped half way
+# loses nothing.
 
 
-def is_finished(folder, job, found, overwrite):
-    """True (and a line) where the folder was made by the same job. Raises UserError where by another one."""
-    finished = common.job_state(folder, job, found, True, overwrite) == "finished"
-    if finished:
+def begin(folder, job, overwrite):
+    """A new folder to write into; None, and a line, where the same job has made `folder` already.
+
+    Raises UserError where another job made it, or somebody else.
+    """
+    if common.job_state(folder, job, found_job(folder), True, overwrite) == "finished":
         print(f"{folder} is already prepared with these arguments")
-    return finished
-
-
-@contextlib.contextmanager
-def replacing(folder):
-    """A new folder to write into, which takes the place of folder at the end: stopped half way, nothing is lost."""
+        return None
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
-    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
+    new = target.with_name(f".{target.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
     new.mkdir(parents=True)
-    try:
-        yield new
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(new, target)
-    except BaseException:  # Ctrl-C, too
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    return new
+
+
+def put_in_place(new, folder):
+    """Let the new folder take the place of `folder`, whose files go."""
+    target = folder.resolve()
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -919,24 +908,26 @@ def from_recbench(name, folder, args):
     if not parts or paths[:2] != [folder / file for file in files[:2]]:
         raise UserError(f"{folder} lacks items.parquet, users.parquet, or test.parquet and finetune.parquet; "
                         "get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
-    found = found_job(target)
     job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
-           "raw": raw_files(folder, paths, found)}
-    if is_finished(target, job, found, args.overwrite):
+           "raw": raw_files(folder, paths)}
+    new = begin(target, job, args.overwrite)
+    if new is None:
         return
-    with replacing(target) as new:
-        lines = {part: read_samples(folder / f"{part}.parquet", user, item, label) for part in parts}
-        read_histories(folder / "users.parquet", user, history, lines, args.max_history)
-        tuned, test = lines.get("finetune", {}), lines.get("test", {})
-        valid = valid_users(folder / files[4], tuned, job)
-        splits = {"train": [], "valid": [], "test": list(test.values())}
-        for who, line in tuned.items():
-            splits["valid" if who in valid else "train"].append(line)
-        texts = dict.fromkeys(items_of([*tuned.values(), *test.values()]), "")
-        for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
-            if str(one) in texts:
-                texts[str(one)] = described(attributes, [text_of(value) for value in values])
-        write_dataset(new, texts, splits, job, {})
+    lines = {part: read_samples(folder / f"{part}.parquet", user, item, label) for part in parts}
+    read_histories(folder / "users.parquet", user, history, lines, args.max_history)
+    tuned, test = lines.get("finetune", {}), lines.get("test", {})
+    valid = valid_users(folder / files[4], tuned, job)
+    splits = {"train": [], "valid": [], "test": list(test.values())}
+    for who, line in tuned.items():
+        splits["valid" if who in valid else "train"].append(line)
+    texts, used = {}, items_of([*tuned.values(), *test.values()])
+    for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
+        texts[str(one)] = described(attributes, [text_of(value) for value in values])
+    unknown = [one for one in used if one not in texts]
+    if unknown:
+        raise UserError(f"{folder / 'items.parquet'} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
+    write_dataset(new, texts, splits, job, {})
+    put_in_place(new, target)
 
 
 def read_samples(path, user, item, label):
@@ -1029,18 +1020,20 @@ def make_demo(out, seed, overwrite):
     for name in common.DEMO:
         folder = Path(out, name)
         job = {"dataset": name, "seed": seed, "users": DEMO_USERS}
-        if not is_finished(folder, job, found_job(folder), overwrite):
-            with replacing(folder) as new:
-                texts, splits = demo_dataset(name, seed)
-                write_dataset(new, texts, splits, job, {})
+        new = begin(folder, job, overwrite)
+        if new is not None:
+            texts, splits = demo_dataset(name, seed)
+            write_dataset(new, texts, splits, job, {})
+            put_in_place(new, folder)
     folder = Path(out, "demo-model")
     job = {"dataset": "demo-model", "seed": seed}
-    if not is_finished(folder, job, found_job(folder), overwrite):
-        with replacing(folder) as new:
-            train_demo_model(new, seed)
-            files = sorted(path.name for path in new.iterdir())
-            common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": "demo-model", "job": job,
-                                                  "files": [*files, "meta.json"]})
+    new = begin(folder, job, overwrite)
+    if new is not None:
+        train_demo_model(new, seed)
+        files = sorted(path.name for path in new.iterdir())
+        common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": "demo-model", "job": job,
+                                              "files": [*files, "meta.json"]})
+        put_in_place(new, folder)
     print(f"{folder} is the model to start from")
 
 

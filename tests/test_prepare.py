@@ -515,8 +515,8 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n15,Casino,Crime\n17,Up","x"', "line 6: a quote that opens there"),
     ("movielens", FILMS, b'American President, The (1995)"', b"American President, The (1995)", "line 3"),
     # encodings
-    ("movielens", FILMS, "Émile".encode(), "Émile".encode("cp1252"), "line 5: '13,\\\\xc9mile (2000),Drama' (no UTF-8"),
-    ("hotelrec", "HotelRec.txt", b"ann", b"Jos\xe9", "no UTF-8"),
+    ("movielens", FILMS, "Émile".encode(), "Émile".encode("cp1252"), "line 5: '13,\\\\xc9mile (2000),Drama' (not UTF-8"),
+    ("hotelrec", "HotelRec.txt", b"ann", b"Jos\xe9", "not UTF-8"),
     ("steam", "App_ID_Info.txt", b"Braid", "Braid".encode("utf-16-le"), "NUL bytes"),
     ("pog", "user_data.txt", b"a1", "\ufeffa1".encode("utf-16"), "UTF-16"),
     # too many fields
