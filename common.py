@@ -18,7 +18,7 @@ That is prompt-based scoring. Embedding-based scoring needs no answer: the histo
 and the score is the cosine of their embeddings.
 
 In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, metrics, intervals,
-files and flags. Sections and tables cited are the paper's.
+files and flags. Section numbers are the paper's.
 """
 import argparse
 import hashlib
@@ -687,7 +687,7 @@ def check_tokenizer(name, tokenizer, model):
     embeddings = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
-        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: they do not fit")
+        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: they do not belong together")
 
 
 def max_positions(model, tokenizer):
@@ -784,7 +784,9 @@ def cut_head(scorer):
         with torch.inference_mode():
             cut = model(**inputs).logits[0, places[0, 1]].double()
         right = cut.shape == whole.shape and (cut - whole).abs().max() <= tolerance(model.dtype, whole)
-    except (AttributeError, RuntimeError, IndexError):
+    except (AttributeError, RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         right = False
     if not right:
         raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
@@ -844,7 +846,7 @@ def find_layout(scorer):
             return "packed", None
         reason = f"prompts are scored without packing: {reason}"
     if padding_changes(scorer):
-        return "equal", "padding changes its scores, so batches hold texts of one length"
+        return "equal", "padding changes its scores, so a batch holds texts of equal length"
     return "padded", reason
 
 
@@ -887,11 +889,15 @@ def packing_fault(scorer):
 def padding_changes(scorer):
     """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
     long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
-    for length in (len(long) // 2, len(long) // 16, 3):
+    lengths = [len(long) // 2, len(long) // 16, 3]
+    if scorer.type == "embed":
+        lengths.reverse()  # titles are short, and some models (Funnel) cannot run so short a text at all
+    for length in lengths:
         short = made_up_prompt(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
         if not torch.equal(alone, scores_or_embeddings(scorer, [short])):
-            raise UserError(f"model {scorer.name} gives other scores each time it is run, so they mean nothing")
+            raise UserError(f"model {scorer.name} gives NaN or other scores on each run, so they mean nothing: "
+                            "try --dtype float32")
         # the padding's content must not be felt at all, its length by no more than rounding
         beside = scores_or_embeddings(scorer, [short, long])[0]
         other_pad = scorer._replace(pad=long[0])
@@ -1024,7 +1030,7 @@ def user_metric(name, scores, labels):
 
 
 def check_scores(users):
-    """Raise UserError where scores of users, [(scores, labels)], have no rank: NaN and infinite ones, or none at all."""
+    """Raise UserError where scores of users, [(scores, labels)], cannot be ranked: NaN and infinite ones, or none at all."""
     scores = np.concatenate([scores for scores, _ in users] or [[]])
     if not len(scores):
         raise UserError("there are no samples to compute metrics from")
@@ -1191,7 +1197,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON value of a file. Raises UserError where it is missing or no JSON."""
+    """The JSON value of a file. Raises UserError where it is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -1246,6 +1252,7 @@ def check_datasets(names, data, split):
 def prepared(data, split):
     """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
     found = [path.parent.name for path in Path(data).glob(f"*/{split}.jsonl")]
+    found = [name for name in found if not name.startswith(".")]  # a dataset that is being written: see prepare_data.py
     names = [name for name in DOMAINS if name in found]
     return names + sorted(set(found) - set(names))
 
@@ -1273,7 +1280,7 @@ def read_items(data, name):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
             raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, both strings')
         if row["id"] in items:
-            raise UserError(f"{path}, line {number}: the id {row['id']!r} stands there twice")
+            raise UserError(f"{path}, line {number}: the id {row['id']!r} is there twice")
         items[row["id"]] = row["text"]
     return items
 
@@ -1350,7 +1357,7 @@ def folder_sha256(folder):
 
 
 def model_identity(model):
-    """What stands for a model in a job: a hub id, or the hash of a local folder, which may move."""
+    """What identifies a model in a job: a hub id, or the hash of a local folder, which may move."""
     name = model_name(model)
     return f"sha256 {folder_sha256(name)}" if Path(name).is_dir() else name
 
@@ -1459,7 +1466,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def shared_arguments(parser):
-    """The flags that finetune.py, evaluate.py and transfer_matrix.py share, by name and meaning."""
+    """The flags that finetune.py, evaluate.py and transfer_matrix.py share."""
     add = parser.add_argument_group("shared flags").add_argument
     add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
     add("--type", choices=["prompt", "embed"], default="prompt",
@@ -1478,7 +1485,7 @@ def shared_arguments(parser):
     add("--max-tokens", type=positive, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs out "
         "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
-    add("--overwrite", action="store_true", help="start anew and replace what is there")
+    add("--overwrite", action="store_true", help="start over and replace what is there")
 
 
 def run(main, argv=None):
@@ -1492,7 +1499,7 @@ def run(main, argv=None):
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: lower --max-tokens"
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command, without --overwrite, continues", file=sys.stderr)
+        print("\ninterrupted: nothing is lost; run the same command again, without --overwrite", file=sys.stderr)
         return 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -92,7 +92,7 @@ def check_tests(args):
 
 
 def say_warnings(args, run, names):
-    """Say what makes the results of an adapter less than they seem."""
+    """Say why the results of an adapter are weaker evidence than they look."""
     for key in ("prompt", "chat_template", "pooling", "max_length"):
         if run and run["arguments"][key] != getattr(args, key):
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
@@ -124,7 +124,8 @@ def job_of(args, name):
 def state_of(args, name, job):
     """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
     result, scores = result_path(args.out, name), scores_path(args.out, name)
-    if not scores.exists():
+    if not scores.exists():  # a result without its scores: another job's is in the way, the same job's is made again
+        common.job_state(result, job, common.read_job(result) if result.exists() else None, False, args.overwrite)
         return "start"
     with open(scores, "rb") as file:
         first = file.readline()
@@ -143,9 +144,11 @@ def check_against(args, jobs):
     if not shared:
         raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
     for name in shared:
-        other = common.read_json(result_path(args.against, name))["job"]
+        other = common.read_job(result_path(args.against, name))
+        if not other or not scores_path(args.against, name).exists():
+            raise UserError(f"--against {args.against} holds no scores of evaluate.py for {name}")
         for key in ("data_sha256", "split", "limit_users"):
-            if other[key] != jobs[name][key]:
+            if other.get(key) != jobs[name][key]:
                 raise UserError(f"{result_path(args.against, name)} was made on other users or candidates "
                                 f"({key} differs): a paired difference needs the same")
 
@@ -246,7 +249,7 @@ def finish(args, name, users, items, scorer, job, cost):
         if count:
             say(f"{name}: {count} {what} were cut to fit")
     if collapsed:
-        say(f"{name}: the scores tell nothing about these users: group AUC {metrics['group_auc']:.3f}, 95% interval "
+        say(f"{name}: the scores are no better than chance for these users: group AUC {metrics['group_auc']:.3f}, 95% interval "
             f"{interval[0]:.3f} to {interval[1]:.3f} (chance is 0.5)")
     return result
 

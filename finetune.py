@@ -49,7 +49,7 @@ def arguments(argv):
     add("--lr", type=float, default=1e-4, help="learning rate of Adam")
     add("--batch-size", type=common.positive, default=32, help="samples per step, over all processes")
     add("--epochs", type=common.positive, default=10, help="passes over the training samples, at most")
-    add("--patience", type=common.positive, default=2, help="stop after so many evaluations without a new best")
+    add("--patience", type=common.positive, default=2, help="stop after this many evaluations without a new best")
     add("--eval-every", type=common.positive, metavar="STEPS", help="steps between evaluations; an epoch if not given")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
     common.shared_arguments(parser)
@@ -76,7 +76,8 @@ def main(argv=None):
     job = job_of(args)
     answer, state = saved_state(args, job)
     if answer == "finished":
-        return say(f"{args.out} is finished already; --overwrite runs it again")
+        say(f"{args.out} is finished already; --overwrite runs it again")
+        return
 
     torch.manual_seed(args.seed)  # LoRA's first weights: the same in every process
     scorer = add_lora(args, common.load_scorer(args))
@@ -175,7 +176,7 @@ def epoch_batches(train, seed, epoch, batch_size):
 
 
 def train_step(scorer, optimizer, train, batch):
-    """One step of Adam on a batch, which processes share. Returns (mean loss, tokens).
+    """One step of Adam on a batch, split across the processes. Returns (mean loss, tokens).
 
     The loss is a sum over samples divided by the size of the batch, so the gradient is the same for any packing, split
     by --max-tokens or number of processes (dropout aside, which differs).
@@ -468,7 +469,7 @@ def report(args, run, test_sets):
     print(f"{args.out}: best {args.valid_metric} {best['mean']:.4f} at step {best['step']} of {run['steps']}; "
           f"{run['samples']} samples in {run['seconds']:.0f} s ({speed:.0f} samples/s)")
     if not run["beats_base"]:
-        print("no evaluation was better than that before the first step: the adapter changes nothing")
+        print("no evaluation was better than that before the first step: the adapter is as it was then")
     if run["unstable"]:
         print("unstable training: the validation metric fell by more than 0.05 between evaluations; try a lower --lr")
     domains = {**common.domains_of(test_sets), **run["domains"]}

@@ -154,7 +154,7 @@ def test_collapse_is_said(tmp_path, capsys, monkeypatch, scores, collapsed):
             np.array(user["labels"], float) for user in batch])
     assert len(users) == 700 and run(tmp_path / "data", "--model", "random", "--test", "mind", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "mind.json").read_text())["collapsed"] == collapsed
-    assert ("the scores tell nothing" in capsys.readouterr().err) == collapsed
+    assert ("the scores are no better than chance" in capsys.readouterr().err) == collapsed
 
 
 # ---------------------------------------------------------------------------------------------- continuing, overwriting
@@ -311,7 +311,7 @@ def test_a_users_line_that_is_wrong_is_named_before_any_scoring(data, tmp_path, 
     ("test.jsonl", '{"user": "u0", "hist\n', "test.jsonl, line 1: not JSON"), ("test.jsonl", "[1]\n", "not a JSON object"),
     ("test.jsonl", "", "is empty"), ("items.jsonl", '{"id": "i0"}\n', "items.jsonl, line 1: an item is"),
     ("items.jsonl", '{"id": "i0", "text": 42}\n', "both strings"),
-    ("items.jsonl", '{"id": "a", "text": ""}\n{"id": "a", "text": ""}\n', "line 2: the id 'a' stands there twice"),
+    ("items.jsonl", '{"id": "a", "text": ""}\n{"id": "a", "text": ""}\n', "line 2: the id 'a' is there twice"),
     ("meta.json", "[]", "prepare it again"), ("meta.json", '{"format": 0}', "prepare it again"),
     ("meta.json", '{"format": 1}', "domain"), ("meta.json", "{", "cannot be read")])
 def test_a_broken_file_is_one_line(data, tmp_path, capsys, file, text, says):
@@ -335,7 +335,7 @@ def test_nan_scores_are_an_error(data, tmp_path, folders, capsys):
     for kind in ("prompt", "embed"):
         error = error_of(capsys, data, "--model", tmp_path / "broken", "--test", "mind", "--type", kind,
                          "--out", tmp_path / kind)
-        assert "NaN" in error or "other scores each time" in error or "LM head" in error
+        assert "NaN" in error or "other scores on each run" in error or "LM head" in error
         assert not (tmp_path / kind).exists()
 
 
@@ -475,3 +475,37 @@ def test_scores_that_do_not_fit_the_split_are_refused(data, tmp_path):
     write_jsonl(path, [{"job": {}}, *lines[:10]])
     scored, cut = evaluate.read_scores(path, users)
     assert len(scored) == 10 and cut == 0 and scored[0][1].tolist() == users[0]["labels"]
+
+
+def test_a_folder_that_is_being_written_is_no_dataset(tmp_path, capsys):
+    """prepare_data.py writes into .NAME.new; killed there, it leaves a split without meta.json."""
+    write_dataset(tmp_path / "data", "mind", 3)
+    write_dataset(tmp_path / "data", ".pens.new", 3)
+    assert common.prepared(tmp_path / "data", "test") == ["mind"]
+
+
+@pytest.mark.parametrize("seed, code", [(2025, 0), (7, 2)])
+def test_a_result_whose_scores_are_gone_is_not_replaced_by_another_job(tmp_path, capsys, seed, code):
+    write_dataset(tmp_path / "data", "mind", 3)
+    flags = ["--model", "random", "--test", "mind", "--out", tmp_path / "out"]
+    assert run(tmp_path / "data", *flags) == 0
+    (tmp_path / "out/mind.scores.jsonl").unlink()
+    before = (tmp_path / "out/mind.json").read_text()
+    assert run(tmp_path / "data", *flags, "--seed", str(seed)) == code
+    if code:
+        assert "was made with other seed" in capsys.readouterr().err
+        assert (tmp_path / "out/mind.json").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["[]", '{"job": 3}', None])
+def test_against_what_evaluate_has_not_written_is_one_line(tmp_path, capsys, content):
+    write_dataset(tmp_path / "data", "mind", 3)
+    assert run(tmp_path / "data", "--model", "random", "--test", "mind", "--out", tmp_path / "a") == 0
+    if content:
+        (tmp_path / "a/mind.json").write_text(content)
+    else:
+        (tmp_path / "a/mind.scores.jsonl").unlink()
+    flags = ["--model", "popularity", "--test", "mind", "--out", tmp_path / "b", "--against", tmp_path / "a"]
+    assert run(tmp_path / "data", *flags) == 2
+    assert "holds no scores of evaluate.py for mind" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

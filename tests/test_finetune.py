@@ -447,7 +447,7 @@ def test_ctrl_c_ends_with_exit_code_130_and_the_run_continues(data, models, tmp_
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in stderr and "the same command, without --overwrite, continues" in stderr
+    assert "Traceback" not in stderr and "run the same command again, without --overwrite" in stderr
     assert torch.load(tmp_path / "state.pt")["curve"]
 
 

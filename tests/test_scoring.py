@@ -304,6 +304,14 @@ def test_models_that_feel_padding_get_batches_of_one_length(tmp_path, name, dtyp
         assert np.abs(score(scorer) - want).max() < 1e-4 * (1 + np.abs(want).max())
 
 
+def test_a_model_that_cannot_embed_short_texts_is_refused_in_one_line(tmp_path):
+    """Funnel pools neighbouring tokens and fails on texts of three: said at loading, no traceback while scoring."""
+    sizes = dict(d_model=32, d_head=8, n_head=4, d_inner=48, block_sizes=[1, 1, 1])
+    folder = tiny_network(tmp_path, "FunnelConfig", "FunnelForMaskedLM", tiny.word_piece(), **sizes)
+    with pytest.raises(common.UserError, match="cannot be used"):
+        scorer_of(folder, "--type", "embed")
+
+
 def test_longrope_prompts_stay_below_the_original_length(tmp_path):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
             "original_max_position_embeddings": 200}
@@ -640,7 +648,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     tokenizer = tiny.byte_level()
     tokenizer.add_tokens([f"extra{n}" for n in range(30)])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(common.UserError, match="they do not fit"):
+    with pytest.raises(common.UserError, match="they do not belong"):
         scorer_of(folder)
 
 
