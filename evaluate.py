@@ -63,6 +63,8 @@ def main(argv=None):
             results.append(common.read_json(result_path(args.out, name)))
             continue
         users, items = common.read_users(args.data, name, args.split, args.limit_users)
+        if args.history == "other" and len(users) == 1:
+            raise UserError(f"{name}: --history other needs another user, and there is only one")
         if scorer is None and args.model not in BASELINES:
             scorer = common.load_scorer(args)
             scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer

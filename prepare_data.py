@@ -1181,7 +1181,8 @@ def arguments(argv):
     for name in args.names:
         if name not in SOURCES and name != "demo":
             raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
-    if args.from_recbench and (args.test_size or args.train_size or args.positives or args.negatives):
+    sizes = (args.test_size, args.train_size, args.positives, args.negatives)
+    if args.from_recbench and sizes != (None,) * 4:
         raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
     return args
 

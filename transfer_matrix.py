@@ -18,6 +18,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import common
 import evaluate
@@ -51,7 +52,7 @@ def arguments(argv):
         parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
     for word in [*args.finetune_args, *args.evaluate_args]:
         if word.split("=")[0] in ("--model", "--train", "--test", "--out", "--adapter"):
-            parser.error(f"{word} is the matrix's to give")
+            parser.error(f"transfer_matrix.py sets {word} itself")
     return args
 
 
@@ -183,7 +184,7 @@ def analyse(args, domains, failed):
             cells.append(cell)
     try:
         similar = similarity(args, cells)
-    except UserError as error:  # the cells are worth having without it
+    except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
         say(f"no similarity of the datasets: {error}")
         similar = {"pairs": 0, "rank_correlation": None}
     return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "k": args.k,

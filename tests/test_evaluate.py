@@ -509,3 +509,10 @@ def test_against_what_evaluate_has_not_written_is_one_line(tmp_path, capsys, con
     assert run(tmp_path / "data", *flags) == 2
     assert "holds no scores of evaluate.py for mind" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_another_history_needs_another_user(tmp_path, capsys):
+    write_dataset(tmp_path / "data", "mind", 1)
+    flags = ["--model", "itemknn", "--test", "mind", "--out", tmp_path / "out", "--history", "other"]
+    assert run(tmp_path / "data", *flags) == 2
+    assert "there is only one" in capsys.readouterr().err

@@ -761,7 +761,7 @@ def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, sa
         parquet(folder / f"{file}.parquet", {key: {**usual, **columns}[key] for key in keep})
     elif file:
         (folder / file).write_text("nobody\n")
-    more = [] if file else ["--test-size", "9"]
+    more = [] if file else ["--test-size", "0"]
     code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out", *more)
     assert code == 2 and says in err and not (tmp_path / "out/yelp").exists()
 
