@@ -127,7 +127,8 @@ def state_of(args, name, job):
     """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
     result, scores = result_path(args.out, name), scores_path(args.out, name)
     if not scores.exists():  # a result without its scores: another job's is in the way, the same job's is made again
-        common.job_state(result, job, common.read_job(result) if result.exists() else None, False, args.overwrite)
+        found = common.read_job(result) if result.exists() else None
+        common.job_state(result, job, found, False, args.overwrite)
         return "start"
     with open(scores, "rb") as file:
         first = file.readline()
@@ -235,7 +236,10 @@ def finish(args, name, users, items, scorer, job, cost):
     labels = np.concatenate([labels for _, labels in scored])
     metrics = common.evaluate_users(scored, seed=args.seed)
     interval = metrics["ci"]["group_auc"]
-    collapsed = interval is not None and interval[0] <= 0.5 <= interval[1] and interval[1] - interval[0] < 0.1
+    collapsed = False
+    if interval is not None:
+        low, high = interval
+        collapsed = low <= 0.5 <= high and high - low < 0.1
     result = {
         "dataset": name, "split": args.split, "type": args.type, "model": common.model_name(args.model),
         "adapter": args.adapter, "n_users": len(users), "n_samples": len(labels), "n_positives": int(labels.sum()),
@@ -252,7 +256,7 @@ def finish(args, name, users, items, scorer, job, cost):
             say(f"{name}: {count} {what} were cut to fit")
     if collapsed:
         say(f"{name}: the scores are no better than chance for these users: group AUC {metrics['group_auc']:.3f}, 95% interval "
-            f"{interval[0]:.3f} to {interval[1]:.3f} (chance is 0.5)")
+            f"{low:.3f} to {high:.3f} (chance is 0.5)")
     return result
 
 

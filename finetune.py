@@ -90,7 +90,9 @@ def main(argv=None):
     run = {"model": scorer.name, "type": args.type, "train": args.train, "valid": args.valid}
     for key in ("train", "valid"):  # over the whole chain of --init-adapter
         run[f"{key}_chain"] = list(dict.fromkeys(earlier.get(f"{key}_chain", []) + run[key]))
-    run["domains"] = {**earlier.get("domains", {}), **{name: metas[name]["domain"] for name in args.train}}
+    run["domains"] = earlier.get("domains", {})
+    for name in args.train:
+        run["domains"][name] = metas[name]["domain"]
     run.update({
         "steps": state["steps"], "samples": state["samples"], "seconds": state["seconds"], "best": state["best"],
         "curve": state["curve"], "beats_base": state["best"]["step"] > 0, "unstable": unstable(state["curve"]),
@@ -390,7 +392,9 @@ def job_of(args):
     job["model"] = common.model_identity(args.model)
     job["init_adapter"] = common.folder_sha256(args.init_adapter) if args.init_adapter else None
     job["processes"] = processes()[1]
-    job["data_sha256"] = {name: common.data_sha256(args.data, name) for name in sorted({*args.train, *args.valid})}
+    job["data_sha256"] = {}
+    for name in sorted({*args.train, *args.valid}):
+        job["data_sha256"][name] = common.data_sha256(args.data, name)
     return job
 
 
@@ -428,7 +432,8 @@ def save_state(args, state, parameters, optimizer, job):
         raise UserError(f"{path} cannot be written: {error}") from None
     os.replace(f"{path}.tmp", path)
     Path(args.out, "run.json").unlink(missing_ok=True)  # of an earlier run: only now is there something in its place
-    common.write_atomically(Path(args.out, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in state["log"]))
+    lines = [json.dumps(line) + "\n" for line in state["log"]]
+    common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
 
 
 def restore(args, state, parameters, optimizer):

@@ -606,8 +606,9 @@ class Sample:
         for user in sorted(self.events, key=self.hash_of):
             flat = self.events[user]
             _, history = self.histories.get(user, (0, ""))
-            if flat:
-                yield user, list(zip(flat[0::3], flat[1::3], flat[2::3])), history.split()
+            events = list(zip(flat[0::3], flat[1::3], flat[2::3]))
+            if events:
+                yield user, events, history.split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -711,7 +712,8 @@ OUR_FILES = ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "valid.jso
 
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
-    row, tables, folder = common.DATASETS[name], find_files(name, args.raw), Path(args.out, name)
+    row, folder = common.DATASETS[name], Path(args.out, name)
+    tables = find_files(name, args.raw)
     job = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
            "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
            "next_item": bool(args.positives or args.negatives), "max_rows": args.max_rows,
@@ -939,7 +941,8 @@ def read_samples(path, user, item, label):
     for who, what, liked in parquet_rows(path, user, item, label):
         if liked not in (0, 1):
             raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
-        line = lines.setdefault(str(who), {"user": str(who), "history": None, "candidates": [], "labels": []})
+        new = {"user": str(who), "history": None, "candidates": [], "labels": []}
+        line = lines.setdefault(str(who), new)
         line["candidates"].append(str(what))
         line["labels"].append(int(liked))
     return lines

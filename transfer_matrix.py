@@ -366,31 +366,28 @@ def compare(folders):
 
     Cells of other test users are other cells. Raises UserError on different metrics, or where no cell is shared.
     """
-    matrices = [common.read_json(Path(folder, "matrix.json")) for folder in folders]
-    metric = matrices[0]["metric"]
-    rows = [[metric]]
-    found = {}  # {(setting, target, source, users): [value in each matrix]}
-    for folder, matrix in zip(folders, matrices):
-        if matrix["metric"] != metric:
-            raise UserError(f"{folder} holds {matrix['metric']}, {folders[0]} holds {metric}")
+    rows, values = [], []  # of each matrix: its name and means; {(metric, letter, target, source, users): value}
+    for folder in folders:
+        matrix = common.read_json(Path(folder, "matrix.json"))
         rows.append([f"{matrix['model']}, {matrix['type']} ({folder})"])
+        values.append({})
         for cell in matrix["cells"]:
+            key = (matrix["metric"], cell["setting"], cell["target"], cell["source"])
             if cell["value"] is not None:
-                key = cell["setting"], cell["target"], cell["source"], cell["data_sha256"], cell["n_users"]
-                found.setdefault(key, []).append(cell["value"])
+                values[-1][*key, cell["data_sha256"], cell["n_users"]] = cell["value"]
+    shared = set(values[0]).intersection(*values)
+    if not shared:
+        raise UserError("the matrices share no cell: other metrics, sources, targets or test users")
+    head = [matrix["metric"]]
     for letter in common.SETTINGS:
-        by_target = {}
-        for (setting, target, *_), values in found.items():
-            if setting == letter and len(values) == len(folders):
-                by_target.setdefault(target, []).append(values)
-        if by_target:
-            of_targets = [np.mean(values, axis=0) for values in by_target.values()]  # over sources
-            rows[0].append(f"{letter} ({len(by_target)})")
-            for row, mean in zip(rows[1:], np.mean(of_targets, axis=0)):
-                row.append(f"{mean:.3f}")
-    if len(rows[0]) == 1:
-        raise UserError("the matrices share no cell: other sources, targets or test users")
-    return common.markdown_table(rows) + "\nIn brackets: the number of targets that a mean is over."
+        keys = sorted(key for key in shared if key[1] == letter)
+        targets = sorted({key[2] for key in keys})
+        if targets:
+            head.append(f"{letter} ({len(targets)})")
+            for row, value_of in zip(rows, values):
+                means = [np.mean([value_of[key] for key in keys if key[2] == target]) for target in targets]
+                row.append(f"{np.mean(means):.3f}")
+    return common.markdown_table([head, *rows]) + "\nIn brackets: the number of targets that a mean is over."
 
 # -------------------------------------------------------------------------------------------------------------- picture
 

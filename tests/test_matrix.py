@@ -456,7 +456,7 @@ def test_compare_models_by_setting(tmp_path, capsys):
     code, err, _ = compare(small, write_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, data_sha256="1"))
     assert code == 2 and "share no cell" in err
     code, err, _ = compare(small, write_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr"))
-    assert code == 2 and "holds mrr" in err and err.count("\n") == 1
+    assert code == 2 and "share no cell: other metrics" in err and err.count("\n") == 1
     assert compare(str(tmp_path))[0] == 2
 
 # ------------------------------------------------------------------------------------------------------------ for real
