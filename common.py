@@ -17,8 +17,8 @@ the second (label 0): the positive stands above the negative, so this user's AUC
 That is prompt-based scoring. Embedding-based scoring needs no answer: the history is one text, the candidate another,
 and the score is the cosine of their embeddings.
 
-In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, metrics, intervals,
-files and flags. Section numbers are the paper's.
+In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, how texts may share
+a forward pass, metrics, intervals, files and flags. Section numbers are the paper's.
 """
 import argparse
 import hashlib
@@ -238,7 +238,8 @@ class Scorer(NamedTuple):
     tokenizer: object
     type: str  # "prompt" or "embed"
     family: str  # "causal", "masked" or "seq2seq": see FAMILIES
-    layout: str  # how texts share a batch: "packed", "padded" or "equal" (lengths); see find_layout
+    layout: str  # "packed": a user's prompts share a row; "padded": a row per text, short ones are padded; "equal": a
+    #              row per text, a batch holds texts of one length. What the model bears: see find_layout
     prompt: dict  # the wording: see PROMPT
     chat_template: bool
     pooling: str  # "last", "mean" or "cls"
@@ -333,6 +334,14 @@ def row_length(row):
     return len(row.prefix) + sum(map(len, row.suffixes))
 
 
+def indices_of(rows):
+    """The indices of the scores that the rows give, in the order of their suffixes."""
+    indices = []
+    for row in rows:
+        indices += row.indices
+    return indices
+
+
 def rows_of(scorer, per_user):
     """Rows of the prompts of several users, [[token ids]]; where the model must not pack, a row per prompt."""
     rows, index = [], 0
@@ -348,15 +357,15 @@ def rows_of(scorer, per_user):
 def fill_batches(scorer, lengths):
     """Indices of texts or rows in batches, longest first, of at most max_tokens with their padding (one at least).
 
-    A batch also ends where lengths fall below two thirds of its longest, so that little is spent on padding, and, for
-    a model that feels padding, where the length changes.
+    A batch also ends where lengths fall below two thirds of its longest, so that little is spent on padding; in the
+    layout "equal" where the length changes.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    least = 1.0 if scorer.layout == "equal" else 2 / 3
+    shortest_share = 1.0 if scorer.layout == "equal" else 2 / 3
     batches, longest = [], 0
     for i in order:
         too_many = batches and (len(batches[-1]) + 1) * longest > scorer.max_tokens
-        if not batches or too_many or lengths[i] < least * longest:
+        if not batches or too_many or lengths[i] < shortest_share * longest:
             batches.append([])
             longest = lengths[i]
         batches[-1].append(i)
@@ -408,8 +417,8 @@ def packed_mask(segments):
     return same.tril()[:, None]
 
 
-def causal_inputs(scorer, rows):
-    """What a decoder-only model is given, and where the answers are read: after the last token of each suffix."""
+def model_inputs(scorer, rows):
+    """What a model is given, and where a decoder-only one answers: (row, column) of the last token of each suffix."""
     device, dtype = scorer.model.device, scorer.model.dtype
     ids, positions, segments, answers = lay_out(rows, scorer.pad)
     segments = torch.tensor(segments, device=device)
@@ -424,7 +433,7 @@ def causal_inputs(scorer, rows):
 
 def masked_inputs(scorer, rows):
     """What a masked model is given, and where the answers are read: at the last mask token of each row."""
-    inputs, answers = causal_inputs(scorer, rows)
+    inputs, answers = model_inputs(scorer, rows)
     is_mask = inputs["input_ids"] == scorer.tokenizer.mask_token_id
     columns = torch.arange(is_mask.shape[1], device=is_mask.device)
     answers[:, 1] = (is_mask * columns).argmax(1).cpu()
@@ -433,7 +442,7 @@ def masked_inputs(scorer, rows):
 
 def seq2seq_inputs(scorer, rows):
     """What an encoder-decoder model is given, and where the answers are read: at the first decoder position."""
-    inputs, answers = causal_inputs(scorer, rows)
+    inputs, answers = model_inputs(scorer, rows)
     start = scorer.model.config.decoder_start_token_id
     inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=scorer.model.device)
     answers[:, 1] = 0
@@ -448,7 +457,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {  # a new family of models is added here
-    "causal": Family("AutoModelForCausalLM", "AutoModel", causal_inputs, "last"),
+    "causal": Family("AutoModelForCausalLM", "AutoModel", model_inputs, "last"),
     "masked": Family("AutoModelForMaskedLM", "AutoModel", masked_inputs, "mean"),
     "seq2seq": Family("AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", seq2seq_inputs, "mean"),
 }
@@ -463,20 +472,14 @@ def score_rows(scorer, rows):
     return at_answer[:, YES] - at_answer[:, NO]
 
 
-def score_ids(scorer, per_user):
-    """Scores of the prompts of several users, [[token ids]]: ([float64 (prompts,) per user], tokens that were run)."""
-    rows = rows_of(scorer, per_user)
-    lengths = list(map(row_length, rows))
-    ends = np.cumsum(list(map(len, per_user)))
-    scores = np.zeros(ends[-1])
-    for batch in fill_batches(scorer, lengths):
+def score_in_batches(scorer, rows):
+    """Scores of all suffixes of the rows, without gradient: a float64 array, each score at its index (see Row)."""
+    scores = np.zeros(sum(len(row.indices) for row in rows))
+    for batch in fill_batches(scorer, list(map(row_length, rows))):
         batch = [rows[i] for i in batch]
-        indices = []
-        for row in batch:
-            indices += row.indices
         with torch.inference_mode():
-            scores[indices] = score_rows(scorer, batch).cpu()
-    return np.split(scores, ends[:-1]), sum(lengths)
+            scores[indices_of(batch)] = score_rows(scorer, batch).cpu()
+    return scores
 
 
 def score_prompts(scorer, users):
@@ -490,8 +493,12 @@ def score_prompts(scorer, users):
         per_user.append(prompts)
         dropped.append(cut)
         tokens_unpacked += sum(map(len, prompts))
-    scores, tokens_scored = score_ids(scorer, per_user)
-    return scores, {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
+    rows = rows_of(scorer, per_user)
+    scores = score_in_batches(scorer, rows)
+    ends = np.cumsum(list(map(len, per_user)))
+    tokens_scored = sum(map(row_length, rows))
+    took = {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
+    return np.split(scores, ends[:-1]), took
 
 # ----------------------------------------------------------------------------------------------- embedding scoring
 
@@ -502,7 +509,7 @@ def embed_batch(scorer, ids):
     Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
     rows = [Row([], [text], [i]) for i, text in enumerate(ids)]
-    inputs, answers = causal_inputs(scorer, rows)
+    inputs, answers = model_inputs(scorer, rows)
     states = scorer.model(**inputs).last_hidden_state  # (texts, length, width)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if scorer.pooling == "cls":
@@ -612,7 +619,9 @@ def load_scorer(args):
     except UserError:
         raise
     except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
-        where = "" if Path(name).is_dir() else "no such folder, and the hub gave none (offline, gated, misspelt?): "
+        where = ""
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            where = "no such folder, and the hub gave none (offline, gated, misspelt?): "
         raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
     if reason:
         say(f"{name}: {reason}")
@@ -651,8 +660,8 @@ def load_pretrained(args, name):
         pooling = args.pooling
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
-    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense, limit,
-                  max_tokens, pad=tokenizer.pad_token_id or 0)
+    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense,
+                  limit, max_tokens, pad=tokenizer.pad_token_id or 0)
 
 
 def family_of(config):
@@ -687,7 +696,8 @@ def check_tokenizer(name, tokenizer, model):
     embeddings = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
-        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: they do not belong together")
+        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: "
+                        "they do not belong together")
 
 
 def max_positions(model, tokenizer):
@@ -726,7 +736,8 @@ def sentence_modules(name, pooling, device):
             dense = load_dense(name, module["path"], settings).to(device)
         elif kind not in ("Transformer", "Normalize"):  # Normalize: a cosine has no length
             raise UserError(f"model {name} embeds through a {kind} module, which is not supported")
-    say(f"{name}: pooling {pooling}" + (", then a dense layer," if dense else "") + " by its sentence-transformers files")
+    layer = " and a dense layer" if dense else ""
+    say(f"{name}: pooling {pooling}{layer}, by its sentence-transformers files")
     return pooling, dense
 
 
@@ -776,14 +787,16 @@ def cut_head(scorer):
     model = scorer.model
     answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
     row = Row([], [made_up_prompt(scorer, 8, 0)], [0])
-    inputs, places = FAMILIES[scorer.family].inputs(scorer, [row])
+    inputs, position = FAMILIES[scorer.family].inputs(scorer, [row])
+    column = position[0, 1]
     with torch.inference_mode():
-        whole = model(**inputs).logits[0, places[0, 1], answers].double()
+        expected = model(**inputs).logits[0, column, answers].double()
     try:
         replace_head(model, answers)
         with torch.inference_mode():
-            cut = model(**inputs).logits[0, places[0, 1]].double()
-        right = cut.shape == whole.shape and (cut - whole).abs().max() <= tolerance(model.dtype, whole)
+            cut = model(**inputs).logits[0, column].double()
+        difference = (cut - expected).abs().max()
+        right = cut.shape == expected.shape and difference <= tolerance(model.dtype, expected)
     except (AttributeError, RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -814,6 +827,9 @@ def replace_head(model, answers):
 def cast_input(module, inputs):
     """Before a layer runs: its input in the type of its weights."""
     return (inputs[0].to(module.weight.dtype),)
+
+
+# ----------------------------------------------------------------------------- how texts may share a forward pass
 
 
 def tolerance(dtype, values):
@@ -869,8 +885,8 @@ def packing_fault(scorer):
     packed = scorer._replace(layout="packed", max_tokens=size)
     other_first = prefix + made_up_prompt(scorer, 1, 0)
     try:
-        scores = score_ids(packed, [prompts])[0][0]
-        changed = score_ids(packed, [[other_first, *prompts[1:]]])[0][0]
+        scores = score_in_batches(packed, pack(prompts, 0, size))
+        changed = score_in_batches(packed, pack([other_first, *prompts[1:]], 0, size))
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -879,8 +895,9 @@ def packing_fault(scorer):
     if (changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
-    separate = score_ids(scorer, [prompts[:4] + prompts[-4:]])[0][0]
-    difference = np.abs(np.append(scores[:4], scores[-4:]) - separate).max()
+    some = sorted({*range(len(prompts))[:4], *range(len(prompts))[-4:]})  # the first and the last few
+    separate = score_in_batches(scorer, [Row([], [prompts[i]], [n]) for n, i in enumerate(some)])
+    difference = np.abs(scores[some] - separate).max()
     if difference > tolerance(scorer.model.dtype, torch.tensor(separate)):
         return f"packed and separate scores differ by {difference:.2g} (attention by place in the row)"
     return None
@@ -1030,7 +1047,7 @@ def user_metric(name, scores, labels):
 
 
 def check_scores(users):
-    """Raise UserError where scores of users, [(scores, labels)], cannot be ranked: NaN and infinite ones, or none at all."""
+    """Raise UserError where scores of users, [(scores, labels)], cannot be ranked: NaN, infinite, or none at all."""
     scores = np.concatenate([scores for scores, _ in users] or [[]])
     if not len(scores):
         raise UserError("there are no samples to compute metrics from")
@@ -1065,6 +1082,32 @@ def mean_defined(values):
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan
 
+
+def reciprocal_rank_average(table, k):
+    """RRA@K: how well a training set transfers to other sets. {source: value in 0..1}, None without a target.
+
+    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0; rank_t(s) is the rank of s among
+    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
+    the formula is our reading. It ranks sources and knows nothing of harm: the first of two that both fall below
+    zero-shot still gets 1. table: {source: {target: metric or None}}, single sources only; a target with an empty cell
+    is left out for all sources.
+    """
+    targets = {}
+    for cells in table.values():
+        targets.update(cells)
+    terms = {source: [] for source in table}
+    for target in targets:
+        column = {source: cells.get(target) for source, cells in table.items() if source != target}
+        if None in column.values():
+            continue
+        values = np.array(list(column.values()))
+        for source, value in column.items():
+            above = (values > value).sum()
+            tied = (values == value).sum()
+            ranks = np.arange(above + 1, above + tied + 1)
+            terms[source].append(np.mean((ranks <= k) / ranks))
+    return {source: float(np.mean(values)) if values else None for source, values in terms.items()}
+
 # ------------------------------------------------------------------------------------------------------- intervals
 
 
@@ -1095,18 +1138,23 @@ def bootstrap(users, names, draws=1000, seed=0):
 
 
 def sort_samples(users):
-    """(user, label, group) of all samples; samples of one score are a group, 0 the lowest: three arrays (samples,)."""
+    """(user, label, start) of all samples in the order of their scores.
+
+    user, label: arrays (samples,); start: where each group of samples of one score begins, the lowest first.
+    """
     user = np.repeat(np.arange(len(users)), [len(scores) for scores, _ in users])
     scores = np.concatenate([scores for scores, _ in users])
     labels = np.concatenate([labels for _, labels in users])
-    return user, labels, np.unique(scores, return_inverse=True)[1]
+    order = np.argsort(scores)
+    _, start = np.unique(scores[order], return_index=True)
+    return user[order], labels[order], start
 
 
-def weighted_auc(user, label, group, times):
-    """AUC over all samples, each counted as often as its user was drawn, times (users,): the sums of auc(), by group."""
+def weighted_auc(user, label, start, times):
+    """AUC over all samples, each counted as often as its user was drawn, times (users,); auc's sums, by group."""
     weight = times[user]
-    positives = np.bincount(group, weight * (label == 1))
-    negatives = np.bincount(group, weight * (label == 0))
+    positives = np.add.reduceat(weight * label, start)
+    negatives = np.add.reduceat(weight * (1 - label), start)
     pairs = positives.sum() * negatives.sum()
     if not pairs:
         return math.nan
@@ -1139,41 +1187,18 @@ def evaluate_users(users, draws=1000, seed=0):
         else:
             values = metric_per_user(name, users)
             value = mean_defined(values)
-            result["users_counted"][name] = int((~np.isnan(values)).sum())
+            result["users_counted"][name] = int(np.isfinite(values).sum())
         result[name] = None if math.isnan(value) else value
         result["ci"][name] = interval(sampled[name])
     return result
 
-
-def reciprocal_rank_average(table, k):
-    """RRA@K: how well a training set transfers to other sets. {source: value in 0..1}, None without a target.
-
-    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0; rank_t(s) is the rank of s among
-    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
-    the formula is our reading. It ranks sources and knows nothing of harm: the first of two that both fall below
-    zero-shot still gets 1. table: {source: {target: metric or None}}, single sources only; a target with an empty cell
-    is left out for all sources.
-    """
-    targets = {}
-    for cells in table.values():
-        targets.update(cells)
-    terms = {source: [] for source in table}
-    for target in targets:
-        column = {source: cells.get(target) for source, cells in table.items() if source != target}
-        if None in column.values():
-            continue
-        values = np.array(list(column.values()))
-        for source, value in column.items():
-            above = (values > value).sum()
-            tied = (values == value).sum()
-            ranks = np.arange(above + 1, above + tied + 1)
-            terms[source].append(np.mean((ranks <= k) / ranks))
-    return {source: float(np.mean(values)) if values else None for source, values in terms.items()}
-
 # ------------------------------------------------------------------------------------------------- files and flags
+
+# Nothing below changes a score or a metric: a reader of the method may stop here.
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
+SURROGATE = re.compile("[\ud800-\udfff]")  # halves of pairs, which JSON's escapes can write
 
 
 def digest(*parts):
@@ -1279,6 +1304,8 @@ def read_items(data, name):
     for number, row in read_lines(path):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
             raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, both strings')
+        if not row["text"].isascii() and SURROGATE.search(row["text"]):
+            raise UserError(f"{path}, line {number}: the text holds half a surrogate pair, which is no character")
         if row["id"] in items:
             raise UserError(f"{path}, line {number}: the id {row['id']!r} is there twice")
         items[row["id"]] = row["text"]
@@ -1344,15 +1371,16 @@ def count_long_texts(users, items):
 
 
 def folder_sha256(folder):
-    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, last megabytes."""
+    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples."""
     content = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             size = path.stat().st_size
             content.update(f"{path.relative_to(folder)} {size}\n".encode())
             with open(path, "rb") as file:
-                file.seek(max(0, size - 2**20))
-                content.update(file.read())
+                for part in range(64):  # 64 samples of 16 KB: a file of a megabyte whole, all layers of a large one
+                    file.seek(size * part // 64)
+                    content.update(file.read(2**14))
     return content.hexdigest()
 
 
@@ -1384,7 +1412,7 @@ def read_job(path):
 
 
 def read_run(folder, args):
-    """run.json of the finetune.py run in folder. Raises UserError where it is unfinished or of another model or type."""
+    """run.json of a finetune.py run. Raises UserError where it is unfinished or of another model or type."""
     if not Path(folder, "run.json").exists():
         raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing)")
     run = read_json(Path(folder, "run.json"))
@@ -1432,19 +1460,19 @@ def say(message):
         tqdm.write(message, file=sys.stderr)
 
 
-def whole(text, least=0):
+def whole_number(text, least=0):
     """An int from `least` on, below 2**31, for argparse."""
     if not text.isdecimal() or not least <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} (and below 2**31)")
     return int(text)
 
 
-def positive(text):
+def positive_number(text):
     """An int of at least 1, for argparse."""
-    return whole(text, 1)
+    return whole_number(text, 1)
 
 
-def folder(text):
+def output_folder(text):
     """A path to write a folder to, for argparse."""
     if Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text!r} is a file; it takes a folder")
@@ -1476,19 +1504,19 @@ def shared_arguments(parser):
     add("--pooling", choices=["auto", "cls", "mean", "last"], default="auto",
         help="embedding of a text: its first token, the mean over tokens, or its last token; auto: as the model's own "
              "files say, else last for decoder-only models and mean for others")
-    add("--seed", type=whole, metavar="N", default=2025, help="seed of everything random")
+    add("--seed", type=whole_number, metavar="N", default=2025, help="seed of everything random")
     add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
         help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
-    add("--max-length", type=positive, metavar="TOKENS", default=1024,
+    add("--max-length", type=positive_number, metavar="TOKENS", default=1024,
         help="tokens per text, at most; histories are cut to it, oldest items first")
-    add("--max-tokens", type=positive, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs out "
-        "(if not given: 8192, on a CPU 1024, where more would leave its cache)")
+    add("--max-tokens", type=positive_number, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs "
+        "out (if not given: 8192, on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     add("--overwrite", action="store_true", help="start over and replace what is there")
 
 
-def run(main, argv=None):
+def run_script(main, argv=None):
     """Call a script's main and return its exit code: 0, 2 with one line on standard error, 130 after Ctrl-C."""
     try:
         return main(argv) or 0

@@ -7,9 +7,9 @@
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind --out results/other --history other \\
         --against results/zero-shot                                                (does the history matter?)
 
-For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost) and OUT/<dataset>.scores.jsonl: a line that says
-how the scores were made, then a line per user, {"user": ..., "scores": [...]}. A killed run continues by the same command,
-without --overwrite.
+For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost) and OUT/<dataset>.scores.jsonl: a line that
+says how the scores were made, then a line per user, {"user": ..., "scores": [...]}. A killed run continues by the same
+command, without --overwrite.
 """
 import json
 import math
@@ -30,16 +30,17 @@ SHOWN = ("auc", "group_auc", "ndcg@10", "mrr")  # of the metrics, in tables
 
 def arguments(argv):
     parser = common.Parser(__doc__, "evaluate.py")
-    parser.add_argument("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
-                        f"or a baseline without a model: {', '.join(BASELINES)}")
-    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")
-    parser.add_argument("--out", required=True, type=common.folder, metavar="RESULTS", help="folder for the results")
-    parser.add_argument("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
-    parser.add_argument("--split", choices=common.SPLITS, default="test", help="which users to score")
-    parser.add_argument("--limit-users", type=common.positive, metavar="N", help="score the first N users only")
-    parser.add_argument("--history", choices=["own", "other"], default="own",
-                        help="other: score each user with the history of the next user of the split")
-    parser.add_argument("--against", metavar="RESULTS", help="print the paired differences from these results, too")
+    add = parser.add_argument
+    add("--model", required=True, help=f"hub id, local folder, short name ({', '.join(common.MODELS)}) "
+        f"or a baseline without a model: {', '.join(BASELINES)}")
+    add("--test", nargs="+", required=True, metavar="DATASET", help="datasets, or all: those prepared")
+    add("--out", required=True, type=common.output_folder, metavar="RESULTS", help="folder for the results")
+    add("--adapter", metavar="RUN", help="folder of a finetune.py run (its --out)")
+    add("--split", choices=common.SPLITS, default="test", help="which users to score")
+    add("--limit-users", type=common.positive_number, metavar="N", help="score the first N users only")
+    add("--history", choices=["own", "other"], default="own",
+        help="other: score each user with the history of the next user of the split")
+    add("--against", metavar="RESULTS", help="print the paired differences from these results, too")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
     if args.model in BASELINES and args.adapter:
@@ -126,19 +127,25 @@ def job_of(args, name):
 def state_of(args, name, job):
     """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
     result, scores = result_path(args.out, name), scores_path(args.out, name)
-    if not scores.exists():  # a result without its scores: another job's is in the way, the same job's is made again
-        found = common.read_job(result) if result.exists() else None
-        common.job_state(result, job, found, False, args.overwrite)
-        return "start"
-    with open(scores, "rb") as file:
+    found = None
+    if result.exists():
+        found = common.read_job(result)
+    elif scores.exists():
+        found = job_of_scores(scores)
+    state = common.job_state(result, job, found, result.exists(), args.overwrite)
+    return state if scores.exists() else "start"  # a result without its scores is made again
+
+
+def job_of_scores(path):
+    """The job in the first line of a scores file; {} where it is somebody else's file, None where the line is torn."""
+    with open(path, "rb") as file:
         first = file.readline()
-    if not first.endswith(b"\n"):  # killed while the first line was written
-        return "start"
+    if not first.endswith(b"\n"):
+        return None
     try:
-        found = json.loads(first)["job"]
+        return dict(json.loads(first)["job"])
     except (ValueError, KeyError, TypeError):
-        found = {}  # a file of somebody else
-    return common.job_state(scores, job, found, result.exists(), args.overwrite)
+        return {}
 
 
 def check_against(args, jobs):
@@ -166,34 +173,30 @@ def score_users(args, name, users, items, scorer, job, state):
     path = scores_path(args.out, name)
     done = cut_torn_line(path) - 1 if state == "continue" else 0
     chunk = 256 if scorer is None else max(1, scorer.max_tokens // 256)  # users: some seconds at most are lost
-    readers = read_baskets(args, name) if args.model in BASELINES else None
+    chosen_by = read_choices(args, name) if args.model in BASELINES else None
     known = {}  # embeddings of items
     cost = {"samples": 0, "tokens_scored": 0, "tokens_unpacked": 0}
-    file = open(path, "a", encoding="utf-8") if state == "continue" else None
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
     for start in range(done, len(users), chunk):
         batch = [with_history(args, users, i) for i in range(start, min(start + chunk, len(users)))]
         if scorer is None:
-            scores, took = baseline_scores(args, name, batch, readers), {}
+            scores, took = baseline_scores(args, name, batch, chosen_by), {}
         elif args.type == "embed":
             scores, took = common.score_embeddings(scorer, [common.with_texts(user, items) for user in batch], known)
         else:
             scores, took = common.score_prompts(scorer, [common.with_texts(user, items) for user in batch])
         lines = score_lines(name, batch, scores, took)
-        if file is None:  # the first scores are there: only now does an older result go
+        if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w", encoding="utf-8")
-            lines = json.dumps({"job": job}) + "\n" + lines
-        file.write(lines)
-        file.flush()
+            path.write_text(json.dumps({"job": job}) + "\n", encoding="utf-8")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(lines)
         progress.update(len(batch))
         cost["samples"] += sum(map(len, scores))
         for key in ("tokens_scored", "tokens_unpacked"):
             cost[key] += took.get(key, 0)
     progress.close()
-    if file is not None:
-        file.close()
     return cost
 
 
@@ -255,8 +258,8 @@ def finish(args, name, users, items, scorer, job, cost):
         if count:
             say(f"{name}: {count} {what} were cut to fit")
     if collapsed:
-        say(f"{name}: the scores are no better than chance for these users: group AUC {metrics['group_auc']:.3f}, 95% interval "
-            f"{low:.3f} to {high:.3f} (chance is 0.5)")
+        say(f"{name}: the scores are no better than chance for these users: group AUC {metrics['group_auc']:.3f}, "
+            f"95% interval {low:.3f} to {high:.3f} (chance is 0.5)")
     return result
 
 
@@ -281,7 +284,7 @@ def read_scores(path, users):
 # ----------------------------------------------------------------------------------- baselines without a model
 
 
-def read_baskets(args, name):
+def read_choices(args, name):
     """{item: names of the users who chose it}: as a positive or in a history of the training split.
 
     Without one, or to score that split itself, by the histories of the scored split.
@@ -370,4 +373,4 @@ def against(args, results):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    sys.exit(common.run_script(main))

@@ -36,21 +36,23 @@ def arguments(argv):
     add = parser.add_argument
     add("--model", required=True, help=f"hub id, local folder or a short name: {', '.join(common.MODELS)}")
     add("--train", nargs="+", required=True, metavar="DATASET", help="datasets to train on, joined and shuffled")
-    add("--out", required=True, type=common.folder, metavar="RUN", help="folder for the run")
+    add("--out", required=True, type=common.output_folder, metavar="RUN", help="folder for the run")
     add("--valid", nargs="+", metavar="DATASET", help="datasets to validate on (if not given: those of --train)")
     add("--valid-metric", choices=common.METRIC_NAMES, default="auc",
         help="metric of early stopping, the mean over datasets")
     add("--init-adapter", metavar="RUN", help="continue from the adapter of an earlier run (sequential fine-tuning)")
-    add("--lora-r", type=common.positive, default=32, help="rank")
-    add("--lora-alpha", type=common.positive, default=128, help="scale of the update: alpha / rank")
+    add("--lora-r", type=common.positive_number, default=32, help="rank")
+    add("--lora-alpha", type=common.positive_number, default=128, help="scale of the update: alpha / rank")
     add("--lora-dropout", type=float, default=0.1, help="probability")
     add("--lora-targets", nargs="+", metavar="MODULE", help="modules to adapt, or all-linear (if not given: peft's "
         "choice for the architecture, such as q_proj and v_proj)")
     add("--lr", type=float, default=1e-4, help="learning rate of Adam")
-    add("--batch-size", type=common.positive, default=32, help="samples per step, over all processes")
-    add("--epochs", type=common.positive, default=10, help="passes over the training samples, at most")
-    add("--patience", type=common.positive, default=2, help="stop after this many evaluations without a new best")
-    add("--eval-every", type=common.positive, metavar="STEPS", help="steps between evaluations; an epoch if not given")
+    add("--batch-size", type=common.positive_number, default=32, help="samples per step, over all processes")
+    add("--epochs", type=common.positive_number, default=10, help="passes over the training samples, at most")
+    add("--patience", type=common.positive_number, default=2,
+        help="stop after this many evaluations without a new best")
+    add("--eval-every", type=common.positive_number, metavar="STEPS",
+        help="steps between evaluations; an epoch if not given")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -83,21 +85,20 @@ def main(argv=None):
     scorer = add_lora(args, common.load_scorer(args))
     train, truncated = read_train(args, scorer)
     valid = read_valid(args)
-    rank, _ = processes()
-    torch.manual_seed(args.seed + 1 + rank)  # dropout: different in every process
     state = fine_tune(args, scorer, train, valid, state, job)
 
-    run = {"model": scorer.name, "type": args.type, "train": args.train, "valid": args.valid}
-    for key in ("train", "valid"):  # over the whole chain of --init-adapter
-        run[f"{key}_chain"] = list(dict.fromkeys(earlier.get(f"{key}_chain", []) + run[key]))
-    run["domains"] = earlier.get("domains", {})
-    for name in args.train:
-        run["domains"][name] = metas[name]["domain"]
-    run.update({
-        "steps": state["steps"], "samples": state["samples"], "seconds": state["seconds"], "best": state["best"],
-        "curve": state["curve"], "beats_base": state["best"]["step"] > 0, "unstable": unstable(state["curve"]),
-        "truncated": truncated, "job": job, "arguments": vars(args), "versions": common.versions()})
-    if rank == 0:
+    # over the whole chain of --init-adapter
+    train_chain = list(dict.fromkeys([*earlier.get("train_chain", []), *args.train]))
+    valid_chain = list(dict.fromkeys([*earlier.get("valid_chain", []), *args.valid]))
+    domains = {**earlier.get("domains", {}), **{name: metas[name]["domain"] for name in args.train}}
+    run = {
+        "model": scorer.name, "type": args.type, "train": args.train, "valid": args.valid,
+        "train_chain": train_chain, "valid_chain": valid_chain, "domains": domains,
+        "steps": state["steps"], "samples": state["samples"], "seconds": state["seconds"],
+        "best": state["best"], "curve": state["curve"],
+        "beats_base": state["best"]["step"] > 0, "unstable": unstable(state["curve"]),
+        "truncated": truncated, "job": job, "arguments": vars(args), "versions": common.versions()}
+    if processes()[0] == 0:
         save_run(args, scorer, state["best_parameters"], run)
         report(args, run, test_sets)
     if dist.is_initialized():
@@ -119,19 +120,21 @@ def fine_tune(args, scorer, train, valid, state, job):
     if state is None:
         state = {"steps": 0, "samples": 0, "seconds": 0.0, "curve": [], "log": [],
                  "best": None, "best_parameters": None, "evaluations_since_best": 0}
-        enter(args, state, parameters, validate(args, scorer, valid), {})  # the base model: an adapter must beat it
+        record(args, state, parameters, validate(args, scorer, valid), {})  # the base model: an adapter must beat it
         save_state(args, state, parameters, optimizer, job)
     else:
         restore(args, state, parameters, optimizer)
 
     batches = None
     samples, tokens, started = 0, 0, time.perf_counter()  # since the last evaluation
-    progress = tqdm(total=last_step, initial=state["steps"], desc="fine-tuning", unit="step", disable=processes()[0] > 0)
+    rank, _ = processes()
+    progress = tqdm(total=last_step, initial=state["steps"], desc="fine-tuning", unit="step", disable=rank > 0)
     while state["steps"] < last_step and state["evaluations_since_best"] < args.patience:
         epoch, number = divmod(state["steps"], steps_per_epoch)
         if number == 0 or batches is None:  # a new epoch, or a restart in the middle of one
             batches = epoch_batches(train, args.seed, epoch, args.batch_size)
         batch = batches[number]
+        torch.manual_seed(common.digest(args.seed, state["steps"], rank))  # dropout: a restart draws the same
         loss, batch_tokens = train_step(scorer, optimizer, train, batch)
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} after {state['steps']} steps: lower --lr (now {args.lr:g})")
@@ -144,9 +147,9 @@ def fine_tune(args, scorer, train, valid, state, job):
         progress.update()
         if state["steps"] % eval_every == 0 or state["steps"] == last_step:
             seconds = time.perf_counter() - started
-            cost = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds,
-                    "peak_memory_gb": common.peak_memory_gb(scorer.model.device)}
-            enter(args, state, parameters, validate(args, scorer, valid), cost)
+            speed = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds,
+                     "peak_memory_gb": common.peak_memory_gb(scorer.model.device)}
+            record(args, state, parameters, validate(args, scorer, valid), speed)
             state["seconds"] += time.perf_counter() - started
             save_state(args, state, parameters, optimizer, job)
             samples, tokens, started = 0, 0, time.perf_counter()
@@ -160,7 +163,7 @@ def trained_parameters(scorer):
 
 
 def epoch_batches(train, seed, epoch, batch_size):
-    """The batches of an epoch: lists of samples (index of the user, of the candidate), batch_size long but for the last.
+    """The batches of an epoch: lists of batch_size samples (index of user, of candidate); the last may be shorter.
 
     Candidates are shuffled within users and cut into chunks, then the chunks are shuffled: a batch mixes users, yet
     most of its samples share their history, so packing pays.
@@ -214,11 +217,8 @@ def prompt_losses(scorer, train, samples):
     labels = torch.tensor(sum(labels.values(), []), dtype=torch.float64, device=scorer.model.device)
     for part in common.fill_batches(scorer, list(map(common.row_length, rows))):
         part = [rows[i] for i in part]
-        indices = []
-        for row in part:
-            indices += row.indices
         scores = common.score_rows(scorer, part)
-        loss = binary_cross_entropy_with_logits(scores, labels[indices], reduction="sum")
+        loss = binary_cross_entropy_with_logits(scores, labels[common.indices_of(part)], reduction="sum")
         yield loss, sum(map(common.row_length, part))
 
 
@@ -268,8 +268,8 @@ def validate(args, scorer, valid):
     return result
 
 
-def enter(args, state, parameters, by_dataset, cost):
-    """Enter an evaluation into the state, and the parameters if they are the best so far."""
+def record(args, state, parameters, by_dataset, speed):
+    """Put an evaluation, {dataset: metric}, into the state, and the parameters if they are the best so far."""
     point = {"step": state["steps"], "valid": by_dataset, "mean": float(np.mean(list(by_dataset.values())))}
     better = state["best"] is None or point["mean"] > state["best"]["mean"]
     state["evaluations_since_best"] += 1
@@ -278,7 +278,7 @@ def enter(args, state, parameters, by_dataset, cost):
         state["best_parameters"] = [parameter.detach().cpu().clone() for parameter in parameters]
         state["evaluations_since_best"] = 0
     state["curve"].append(point)
-    state["log"].append({**point, **cost})
+    state["log"].append({**point, **speed})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in by_dataset.items())
     say(f"step {point['step']}: {args.valid_metric} {point['mean']:.4f} ({shown}){' *' if better else ''}")
 
@@ -304,7 +304,7 @@ def read_valid(args):
         users, items = common.read_users(args.data, name, "valid")
         valid[name] = [common.with_texts(user, items) for user in users]
         if name not in args.train:
-            say(f"validating on {name}, not trained on: its labels choose the checkpoint")
+            say(f"validating on {name}, which --train does not name: its labels choose the checkpoint")
     return valid
 
 
@@ -391,7 +391,6 @@ def job_of(args):
     job["dtype"] = common.placement(args)[1]
     job["model"] = common.model_identity(args.model)
     job["init_adapter"] = common.folder_sha256(args.init_adapter) if args.init_adapter else None
-    job["processes"] = processes()[1]
     job["data_sha256"] = {}
     for name in sorted({*args.train, *args.valid}):
         job["data_sha256"][name] = common.data_sha256(args.data, name)
@@ -420,10 +419,9 @@ def saved_state(args, job):
 
 def save_state(args, state, parameters, optimizer, job):
     """Write state.pt, all that a killed run needs to end as one never killed, and log.jsonl, from the state."""
-    random = gather([generator.get_state() for generator in generators(parameters[0].device)])
     if processes()[0] > 0:
         return
-    saved = {**state, "job": job, "parameters": parameters, "optimizer": optimizer.state_dict(), "random": random}
+    saved = {**state, "job": job, "parameters": parameters, "optimizer": optimizer.state_dict()}
     path = Path(args.out, "state.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -437,21 +435,12 @@ def save_state(args, state, parameters, optimizer, job):
 
 
 def restore(args, state, parameters, optimizer):
-    """Put what save_state wrote back into the parameters, the optimizer and the random generators."""
+    """Put what save_state wrote back into the parameters and the optimizer."""
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["parameters"]):
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    for generator, saved in zip(generators(parameters[0].device), state["random"][processes()[0]]):
-        generator.set_state(saved)
     say(f"continuing {args.out} after step {state['steps']}")
-
-
-def generators(device):
-    """The random generators that dropout draws from: torch's own on the CPU and, for a model there, on the GPU."""
-    if device.type == "cuda":
-        return [torch.default_generator, torch.cuda.default_generators[device.index]]
-    return [torch.default_generator]
 
 
 def save_run(args, scorer, best_parameters, run):
@@ -522,4 +511,4 @@ def add_up(parameters, total):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    sys.exit(common.run_script(main))

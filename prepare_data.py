@@ -104,9 +104,11 @@ def goodreads_time(text):
     return iso_time(f"{year}-{month:02}-{day}T{clock}{zone[:3]}:{zone[3:]}")
 
 
-# ------------------------------------------------------------------- the raw formats: a row -> (item, text), or a row ->
-# a list of events (user, item, time, label). ValueError: the row is malformed. Of csv and json a row is the fields that
-# SOURCES names, as text; else it is the line. Where the order of the file is all there is, the time is None.
+# ------------------------------------------------------------------------------------------------------ the raw formats
+
+# A function per format turns a row into (item, text) or into a list of events (user, item, time, label); ValueError:
+# the row is malformed. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. Where the
+# order of the file is all there is, the time is None.
 
 
 def id_and_text(fields):
@@ -185,11 +187,12 @@ def pens_impression(line):
 
 def goodreads_read(fields):
     user, item, time, is_read = fields
-    return [(user, item, goodreads_time(time), ("False", "True").index(is_read))]
+    label = ("False", "True").index(is_read)  # JSON's false and true as text_of gives them
+    return [(user, item, goodreads_time(time), label)]
 
 
-TAGS = ("a|abbr|b|big|blockquote|body|br|center|code|div|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|label|li|link|"
-        "meta|ol|p|pre|q|s|small|span|strike|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul")
+TAGS = ("a|abbr|b|big|blockquote|body|br|center|code|div|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|label|li|"
+        "link|meta|ol|p|pre|q|s|small|span|strike|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul")
 MARKUP = re.compile(
     r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)"
     rf"""|</?({TAGS})(\s+[\w:.-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>"""
@@ -197,7 +200,7 @@ MARKUP = re.compile(
 
 
 def amazon_item(fields):
-    """Tags are removed before entities are resolved, so "&lt;table&gt;" stays; "" for titles that are a page's script."""
+    """Tags go before entities are resolved, so "&lt;table&gt;" stays; "" where the title is a page's script."""
     item, title = fields
     title = MARKUP.sub(" ", "" if "getTime()" in title else title)
     while html.unescape(title) != title:  # some are escaped twice: "AT&amp;amp;T"
@@ -354,7 +357,7 @@ SOURCES = {
 MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
 ROW_START = re.compile(r"\n\d+,(?!\d{3}\b)\S")  # "12,Heat": so starts a row and, unlike "10,000 views", hardly a text
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what read_lines makes of bytes that are not UTF-8
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what raw_lines makes of bytes that are not UTF-8
 
 
 def find_file(folder, file):
@@ -393,7 +396,7 @@ def find_files(name, raw):
     return tables
 
 
-def read_lines(path, latin1):
+def raw_lines(path, latin1):
     """Yield the lines of a raw file, plain or .gz; bytes that are not UTF-8 become half surrogates (NOT_UTF8).
 
     latin1: a line that is not UTF-8 is latin-1 instead. Raises UserError where the file is damaged or is UTF-16.
@@ -475,7 +478,7 @@ def read_rows(path, table, counts):
     UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
-    lines = read_lines(path, table.latin1)
+    lines = raw_lines(path, table.latin1)
     if table.form == "netflix":
         lines = netflix_rows(lines)
     rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
@@ -531,7 +534,7 @@ def read_table(table, counts):
         yield from read_rows(path, table, counts)
 
 
-def read_items(table, counts, dropped):
+def read_texts(table, counts, dropped):
     """{item id: text} of the items that have a text, by id. Of several texts of one id the alphabetically first."""
     items = {}
     for item, text in read_table(table, counts):
@@ -664,10 +667,10 @@ def ratings(latest, job, key, dropped):
 def sequences(latest, items, job, key):
     """(history, positives, negatives): the items in time order, and negatives from those that were never touched."""
     history, positives = in_time_order(latest, job, key)
-    return history, positives, draw(set(latest), items, job["negatives"], key)
+    return history, positives, draw_negatives(set(latest), items, job["negatives"], key)
 
 
-def draw(touched, items, count, key):
+def draw_negatives(touched, items, count, key):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
     if len(items) < 2 * (len(touched) + count):  # few are left: hash them all
         return by_hash([item for item in items if item not in touched], key)[:count]
@@ -695,7 +698,7 @@ def user_line(user, events, past, texts, items, job, dropped):
     else:
         history, positives, negatives = sequences(latest, items, job, key)
     if job["next_item"] and job["kind"] != "sequences":
-        negatives = draw({*latest, *history}, items, job["negatives"], key)
+        negatives = draw_negatives({*latest, *history}, items, job["negatives"], key)
     for part, found in (("history", history), ("positives", positives), ("negatives", negatives)):
         if not found:
             dropped[f"users without {part}"] += 1
@@ -738,25 +741,26 @@ def read_dataset(tables, job):
     tables: of items and of events. Raises UserError where there is no sample.
     """
     name, dropped, counts = job["dataset"], Counter(), {"items": {}, "events": {}}
-    texts = read_items(tables[0], counts["items"], dropped)
+    texts = read_texts(tables[0], counts["items"], dropped)
     items = list(texts)
     numbers = {item: number for number, item in enumerate(items)}
     sample = Sample(job["seed"], name, job["max_rows"])
     unknown = sample.fill(read_table(tables[1], counts["events"]), numbers, dropped)
     users = lines_of(sample, texts, items, job, dropped)
-    test, tuned = take(users, job["test_size"]), take(users, job["train_size"])
+    test = take(users, job["test_size"])
+    finetune = take(users, job["train_size"])  # train and valid together
     share, short = sample.threshold / EVERYBODY, {}
-    for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(tuned))):
+    for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(finetune))):
         if found < job[size]:
             short[size] = found
             more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
             common.say(f"WARNING: {name}: --{size.replace('_', '-')} asks for {job[size]} samples, "
                        f"{found} were found{more}")
-    if not test and not tuned:
+    if not test and not finetune:
         examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
         raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
-    valid = max(1, len(tuned) // 10) if len(tuned) > 1 else 0
-    splits = {"train": tuned[valid:], "valid": tuned[:valid], "test": test}
+    valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
+    splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": test}
     return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
 
 
@@ -818,8 +822,8 @@ def raw_files(folder, paths):
     return raw
 
 
-# A dataset is written into a new folder beside its own, which takes its place at the end: a run that is stopped half way
-# loses nothing.
+# A dataset is written into a new folder beside its own, which takes its place at the end: a run that is stopped half
+# way loses nothing.
 
 
 def begin(folder, job, overwrite):
@@ -917,12 +921,12 @@ def from_recbench(name, folder, args):
         return
     lines = {part: read_samples(folder / f"{part}.parquet", user, item, label) for part in parts}
     read_histories(folder / "users.parquet", user, history, lines, args.max_history)
-    tuned, test = lines.get("finetune", {}), lines.get("test", {})
-    valid = valid_users(folder / files[4], tuned, job)
+    finetune, test = lines.get("finetune", {}), lines.get("test", {})
+    valid = valid_users(folder / files[4], finetune, job)
     splits = {"train": [], "valid": [], "test": list(test.values())}
-    for who, line in tuned.items():
+    for who, line in finetune.items():
         splits["valid" if who in valid else "train"].append(line)
-    texts, used = {}, items_of([*tuned.values(), *test.values()])
+    texts, used = {}, items_of([*finetune.values(), *test.values()])
     for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
         texts[str(one)] = described(attributes, [text_of(value) for value in values])
     unknown = [one for one in used if one not in texts]
@@ -962,12 +966,12 @@ def read_histories(path, user, history, lines, max_history):
                 raise UserError(f"{path} lacks user {who}, who has samples")
 
 
-def valid_users(path, tuned, job):
+def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
     if not path.is_file():
-        return by_hash(tuned, (job["seed"], job["dataset"]))[:max(1, len(tuned) // 10)]
+        return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
     named = set(path.read_text(encoding="utf-8").splitlines())
-    if tuned and not named & tuned.keys():
+    if finetune and not named & finetune.keys():
         raise UserError(f"{path} names no user of finetune.parquet")
     return named
 
@@ -1167,15 +1171,17 @@ def arguments(argv):
     add("--list", action="store_true", help="print the datasets, their raw files and home pages")
     add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
     add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
-    add("--out", default="data", type=common.folder, help="folder to write <dataset>/ into (the others' --data)")
-    add("--test-size", type=common.whole, metavar="SAMPLES",
+    add("--out", default="data", type=common.output_folder, help="folder to write <dataset>/ into (the others' --data)")
+    add("--test-size", type=common.whole_number, metavar="SAMPLES",
         help="if not given: 20000 for the paper's test sets, else 0")
-    add("--train-size", type=common.whole, metavar="SAMPLES",
+    add("--train-size", type=common.whole_number, metavar="SAMPLES",
         help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
-    add("--max-history", type=common.positive, default=20, help="items of a history that are written, the latest")
-    add("--positives", type=common.positive, help="per user; if given, negatives are drawn (if not: see --list)")
-    add("--negatives", type=common.positive, help="per user, drawn from items never touched (if not given: see --list)")
-    add("--max-rows", type=common.positive, default=20_000_000, help="events kept in memory")
+    add("--max-history", type=common.positive_number, default=20,
+        help="items of a history that are written, the latest")
+    add("--positives", type=common.positive_number, help="per user; if given, negatives are drawn (if not: see --list)")
+    add("--negatives", type=common.positive_number,
+        help="per user, drawn from items never touched (if not given: see --list)")
+    add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
     add("--seed", type=int, default=2025, help="seed of everything random")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
     args = parser.parse_args(argv)
@@ -1210,4 +1216,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    sys.exit(common.run_script(main))

@@ -36,9 +36,9 @@ def arguments(argv):
     add("--model", help="hub id, local folder or a short name, as for finetune.py")
     add("--sources", nargs="+", metavar="SOURCE", help="datasets to train on, a row each; a+b: trained on both")
     add("--targets", nargs="+", metavar="TARGET", help="datasets to test on, a column each")
-    add("--out", metavar="DIR", type=common.folder, help="folder of the matrix")
+    add("--out", metavar="DIR", type=common.output_folder, help="folder of the matrix")
     add("--metric", choices=common.METRIC_NAMES, default="auc", help="metric in the cells")
-    add("--k", nargs="+", type=common.positive, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
+    add("--k", nargs="+", type=common.positive_number, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
     add("--finetune-args", type=shlex.split, default="", help="more for finetune.py: --finetune-args='--lr 1e-3'")
     add("--evaluate-args", type=shlex.split, default="", help="more for evaluate.py")
@@ -51,7 +51,7 @@ def arguments(argv):
     if not args.compare and (not complete or args.model in evaluate.BASELINES):
         parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
     for word in [*args.finetune_args, *args.evaluate_args]:
-        if word.split("=")[0] in ("--model", "--train", "--test", "--out", "--adapter"):
+        if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter"):
             parser.error(f"transfer_matrix.py sets {word} itself")
     return args
 
@@ -61,13 +61,13 @@ def main(argv=None):
     if args.compare:
         print(compare(args.compare))
         return 0
-    missing, domains = find_missing(args)
+    missing = find_missing(args)
     if args.dry_run:
         for source, target in missing:
             print(command_line(*command(args, source, target)))
         return 0
     failed = run_missing(args, missing)
-    matrix = analyse(args, domains, failed)
+    matrix = analyse(args, failed)
     tables = markdown(matrix)
     common.write_json(Path(args.out, "matrix.json"), matrix)
     common.write_atomically(Path(args.out, "matrix.csv"), comma_separated(matrix))
@@ -112,26 +112,26 @@ def command_line(script, argv):
 
 
 def find_missing(args):
-    """(what is not finished, [(source, target)], in the order to run it; {dataset: domain}).
+    """What is not finished, [(source, target)], in the order to run it. The scripts themselves are asked.
 
-    The scripts themselves are asked. Raises UserError on a wrong argument, a dataset that is not prepared, or the
-    output of other arguments in the way: all of it is said before hours of training.
+    Raises UserError on a wrong argument, a dataset that is not prepared, or the output of other arguments in the way:
+    all of it is said before hours of training.
     """
-    missing, metas = [], {}
+    missing = []
     for source in [ZERO, *args.sources]:
         if source != ZERO:
             run_args = finetune.arguments(command(args, source, None)[1])
-            metas.update(finetune.check_train(run_args))
+            finetune.check_train(run_args)
             state, _ = finetune.saved_state(run_args, finetune.job_of(run_args))
             if state != "finished":
                 missing.append((source, None))
         for target in args.targets:
             cell_args = evaluate.arguments(command(args, source, target)[1])
-            metas.update(common.check_datasets([target], cell_args.data, cell_args.split))
+            common.check_datasets([target], cell_args.data, cell_args.split)
             state = evaluate.state_of(cell_args, target, evaluate.job_of(cell_args, target))
             if state != "finished":
                 missing.append((source, target))
-    return missing, common.domains_of(metas)
+    return missing
 
 
 def run_missing(args, missing):
@@ -144,7 +144,7 @@ def run_missing(args, missing):
         script, argv = command(args, source, target)
         print(f"$ {command_line(script, argv)}", flush=True)
         try:
-            code = common.run(script.main, argv)
+            code = common.run_script(script.main, argv)
         except Exception as error:  # whatever it is, the other cells are still worth having
             say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
             code = 1
@@ -167,9 +167,10 @@ def estimate(sample):
     return {"value": float(sample[0]), "ci": common.interval(sample[1:])}
 
 
-def analyse(args, domains, failed):
+def analyse(args, failed):
     """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py; failed cells are empty."""
-    cells, samples, runs = [], {}, {}
+    cells, samples, runs = [], {}, {}  # samples: {(source, target): sample}, where the metric is defined
+    domains = common.domains_of({target: common.read_meta(args.data, target) for target in args.targets})
     for source in [ZERO, *args.sources]:
         train = [] if source == ZERO else source.split("+")
         if source != ZERO and (source, None) not in failed:
@@ -179,9 +180,17 @@ def analyse(args, domains, failed):
         for target in args.targets:
             cell = {"source": source, "target": target, "setting": common.setting_of(train, target, domains),
                     "value": None, "ci": None, "gain": None, "mark": ""}
-            if (source, target) not in failed:
-                read_cell(args, cell, samples)
             cells.append(cell)
+            if (source, target) in failed:
+                continue
+            result, sample = read_result(args, source, target)
+            cell.update(result)
+            if sample is None:
+                continue
+            samples[source, target] = sample
+            if source != ZERO and (ZERO, target) in samples:
+                cell["gain"] = estimate(sample - samples[ZERO, target])
+                cell["mark"] = mark(cell["gain"])
     try:
         similar = similarity(args, cells)
     except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
@@ -193,28 +202,27 @@ def analyse(args, domains, failed):
             "similarity": similar}
 
 
-def read_cell(args, cell, samples):
-    """Fill a cell from the files of evaluate.py; samples: {(source, target): sample}, where the value is defined."""
-    source, target = cell["source"], cell["target"]
+def read_result(args, source, target):
+    """(what a cell takes from evaluate.py's result, its sample or None where the metric is undefined)."""
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
-    for key in ("n_users", "n_samples", "collapsed", "data_sha256"):
-        cell[key] = result[key]
-    if result[args.metric] is None:
-        return
-    cell["value"], cell["ci"] = result[args.metric], result["ci"][args.metric]
+    kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256")}
+    kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
+    if kept["value"] is None:
+        return kept, None
     users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
     scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
     seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
     draws = common.bootstrap(scored, [args.metric], DRAWS, seed)[args.metric]
-    samples[source, target] = np.array([cell["value"], *draws])
-    if source != ZERO and (ZERO, target) in samples:
-        cell["gain"] = estimate(samples[source, target] - samples[ZERO, target])
-        low, high = cell["gain"]["ci"]
-        if low > 0:
-            cell["mark"] = "better"
-        if high < 0:
-            cell["mark"] = "worse"  # negative transfer
+    return kept, np.array([kept["value"], *draws])
+
+
+def mark(gain):
+    """"better" or "worse" (negative transfer) where the interval of a gain excludes 0, else ""."""
+    low, high = gain["ci"]
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else ""
 
 
 def rank_averages(args, samples):
@@ -294,22 +302,23 @@ def show(value, sign=""):
 
 def markdown(matrix):
     """The matrix as three tables (the metric, the gain over zero-shot, RRA@K) and notes."""
-    values, gains = {}, {}  # {source: row}
-    for cell in matrix["cells"]:
-        source = cell["source"]
+    values = [[f"{matrix['metric']}, trained on", *matrix["targets"]]]
+    gains = [["gain over zero-shot", *matrix["targets"]]]
+    for i, cell in enumerate(matrix["cells"]):
+        if i % len(matrix["targets"]) == 0:  # a new row
+            values.append([cell["source"]])
+            gains.append([cell["source"]])
         words = f"{cell['setting']} {show(cell)} {SIGNS[cell['mark']]}"
-        values.setdefault(source, [source]).append(words.strip())
-        gains.setdefault(source, [source]).append(show(cell["gain"], "+"))
-    del gains[ZERO]
+        values[-1].append(words.strip())
+        gains[-1].append(show(cell["gain"], "+"))
+    del gains[1]  # zero-shot itself
     ranks = [["single source", *(f"RRA@{k}" for k in matrix["k"])]]
     for source, averages in matrix["rra"].items():
         ranks.append([source, *map(show, averages.values())])
-    parts = [f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based",
-             common.markdown_table([[f"{matrix['metric']}, trained on", *matrix["targets"]], *values.values()]),
-             common.markdown_table([["gain over zero-shot", *matrix["targets"]], *gains.values()]),
-             common.markdown_table(ranks),
-             "\n".join(f"- {note}" for note in notes(matrix))]
-    return "\n\n".join(parts) + "\n"
+    title = f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"
+    tables = [common.markdown_table(rows) for rows in (values, gains, ranks)]
+    notes_list = "\n".join(f"- {note}" for note in notes(matrix))
+    return "\n\n".join([title, *tables, notes_list]) + "\n"
 
 
 def count_marks(matrix):
@@ -406,18 +415,18 @@ def draw_svg(matrix):
             limit = max(limit, abs(cell["gain"]["value"]))
     title = f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based"
     key = "Row: trained on. Column: tested on. In a cell: setting, value, gain over zero-shot."
-    parts = [text(20, 34, title, 18, "start"), text(20, 56, key, 12, "start")]
+    parts = [svg_text(20, 34, title, 18, "start"), svg_text(20, 56, key, 12, "start")]
     for i, target in enumerate(targets):
         x = LEFT + WIDTH * (i + 0.5)
-        parts.append(text(x, TOP - 26, target, 13))
-        parts.append(text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
+        parts.append(svg_text(x, TOP - 26, target, 13))
+        parts.append(svg_text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
     bottom = TOP
     for i, cell in enumerate(matrix["cells"]):
         column = i % len(targets)
         if column == 0:  # a new row
             names = textwrap.wrap(cell["source"].replace("+", " + "), 24, max_lines=4, placeholder=" ...")
             for n, name in enumerate(names):
-                parts.append(text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
+                parts.append(svg_text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
             bottom += HEIGHT
         parts += draw_cell(LEFT + WIDTH * column, bottom - HEIGHT, cell, limit)
     legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *count_marks(matrix),
@@ -425,7 +434,7 @@ def draw_svg(matrix):
     for letter in sorted({cell["setting"] for cell in matrix["cells"]}):
         legend.append(f"{letter}: {common.SETTINGS[letter]}")
     for n, line in enumerate(legend):
-        parts.append(text(20, bottom + 28 + 18 * n, line, 12, "start"))
+        parts.append(svg_text(20, bottom + 28 + 18 * n, line, 12, "start"))
     width = max(760, LEFT + WIDTH * len(targets) + 20)
     size = f'width="{width}" height="{bottom + 28 + 18 * len(legend)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
@@ -439,16 +448,16 @@ def draw_cell(x, y, cell, limit):
     end = BLUE if gain > 0 else ORANGE
     red, green, blue = [round(a + (b - a) * share) for a, b in zip(WHITE, end)]
     parts = [f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="4" '
-             f'fill="rgb({red},{green},{blue})"/>', text(x + 8, y + 17, cell["setting"], 11, "start")]
+             f'fill="rgb({red},{green},{blue})"/>', svg_text(x + 8, y + 17, cell["setting"], 11, "start")]
     if cell["value"] is None:
-        return [*parts, text(x + WIDTH / 2, y + 37, "empty", 12)]
+        return [*parts, svg_text(x + WIDTH / 2, y + 37, "empty", 12)]
     if cell["gain"]:
-        parts.append(text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end"))
-        parts.append(text(x + WIDTH / 2, y + 54, f"{gain:+.3f}", 11))
-    return [*parts, text(x + WIDTH / 2, y + 37, f"{cell['value']:.3f}", 17)]
+        parts.append(svg_text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end"))
+        parts.append(svg_text(x + WIDTH / 2, y + 54, f"{gain:+.3f}", 11))
+    return [*parts, svg_text(x + WIDTH / 2, y + 37, f"{cell['value']:.3f}", 17)]
 
 
-def text(x, y, words, size, anchor="middle", fill=INK):
+def svg_text(x, y, words, size, anchor="middle", fill=INK):
     """A line of text in SVG; what XML does not allow becomes "?"."""
     words = "".join(letter if letter.isprintable() else "?" for letter in words)
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">'
@@ -456,4 +465,4 @@ def text(x, y, words, size, anchor="middle", fill=INK):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    sys.exit(common.run_script(main))

@@ -340,9 +340,9 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="folder of a decoder-only model")
     add("--test", required=True, metavar="DATASET", help="a prepared dataset")
-    add("--users", type=common.positive, default=16, help="so many users of its test split")
-    add("--rounds", type=common.positive, default=3, help="turns of every way")
-    add("--steps", type=common.whole, default=2, help="training steps per round; 0: scoring only")
+    add("--users", type=common.positive_number, default=16, help="so many users of its test split")
+    add("--rounds", type=common.positive_number, default=3, help="turns of every way")
+    add("--steps", type=common.whole_number, default=2, help="training steps per round; 0: scoring only")
     add("--bfloat16", action="store_true", help="compare scores in bfloat16 with those in float32")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -358,4 +358,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    sys.exit(common.run_script(main))

@@ -64,7 +64,7 @@ def data(tmp_path):
 
 def run(data, *argv):
     """Exit code of a command line in this process."""
-    return common.run(evaluate.main, ["--data", str(data), "--device", "cpu", *map(str, argv)])
+    return common.run_script(evaluate.main, ["--data", str(data), "--device", "cpu", *map(str, argv)])
 
 
 def error_of(capsys, *argv):
@@ -78,7 +78,7 @@ def error_of(capsys, *argv):
 
 def start(data, *argv, before="pass", **options):
     """A command line in a process of its own, with a statement run first."""
-    code = f"import os, signal, sys, common, evaluate\n{before}\nsys.exit(common.run(evaluate.main))"
+    code = f"import os, signal, sys, common, evaluate\n{before}\nsys.exit(common.run_script(evaluate.main))"
     return subprocess.run([sys.executable, "-c", code, "--data", data, "--device", "cpu", *map(str, argv)], cwd=ROOT,
                           capture_output=True, text=True, timeout=300, **options)
 
@@ -194,7 +194,7 @@ def test_what_is_in_the_way_of_a_later_dataset_shows_before_the_first_is_scored(
     write_dataset(data, "pens", 4)
     assert run(data, "--model", "random", "--test", "pens", "--out", tmp_path / "out") == 0
     command = [data, "--model", "popularity", "--test", "mind", "pens", "--out", tmp_path / "out"]
-    assert "pens.scores.jsonl" in error_of(capsys, *command)
+    assert "pens.json was made with other model" in error_of(capsys, *command)
     assert not Path(tmp_path, "out", "mind.json").exists()
 
 
@@ -311,6 +311,7 @@ def test_a_users_line_that_is_wrong_is_named_before_any_scoring(data, tmp_path, 
     ("test.jsonl", '{"user": "u0", "hist\n', "test.jsonl, line 1: not JSON"), ("test.jsonl", "[1]\n", "not a JSON object"),
     ("test.jsonl", "", "is empty"), ("items.jsonl", '{"id": "i0"}\n', "items.jsonl, line 1: an item is"),
     ("items.jsonl", '{"id": "i0", "text": 42}\n', "both strings"),
+    ("items.jsonl", '{"id": "i0", "text": "half \\ud83d"}\n', "line 1: the text holds half a surrogate pair"),
     ("items.jsonl", '{"id": "a", "text": ""}\n{"id": "a", "text": ""}\n', "line 2: the id 'a' is there twice"),
     ("meta.json", "[]", "prepare it again"), ("meta.json", '{"format": 0}', "prepare it again"),
     ("meta.json", '{"format": 1}', "domain"), ("meta.json", "{", "cannot be read")])

@@ -96,7 +96,7 @@ class Fakes:
 
 def run_matrix(data, out, *more, sources=SOURCES, targets=TARGETS):
     argv = ["--model", "m", "--sources", *sources, "--targets", *targets, "--out", str(out), "--data", data]
-    return common.run(transfer_matrix.main, [*argv, "--device", "cpu", *more])
+    return common.run_script(transfer_matrix.main, [*argv, "--device", "cpu", *more])
 
 
 def read_matrix(out):
@@ -443,7 +443,7 @@ def test_compare_models_by_setting(tmp_path, capsys):
         "zero-shot": (0.60, 0.62), "shop": (0.50, None), "news-b": (0.8, 0.8), "news-a+shop": (0.90, None)})
 
     def compare(*folders):
-        code = common.run(transfer_matrix.main, ["--compare", *folders])
+        code = common.run_script(transfer_matrix.main, ["--compare", *folders])
         captured = capsys.readouterr()
         lines = captured.out.splitlines()
         return code, captured.err, [[word.strip() for word in line.split("|")[1:-1]] for line in lines]
@@ -467,7 +467,7 @@ def test_a_tiny_model_from_training_to_picture(data, tmp_path, monkeypatch, caps
     argv = ["--model", tiny.build("llama", tmp_path / "model"), "--sources", "shop", "news-a+shop", "--targets", "shop",
             "books-a", "--out", str(out), "--data", data, "--device", "cpu", "--finetune-args=--epochs 1 --lora-r 4",
             "--evaluate-args=--limit-users 30"]
-    assert common.run(transfer_matrix.main, argv) == 0
+    assert common.run_script(transfer_matrix.main, argv) == 0
     first = {path.name: path.read_bytes() for path in out.glob("matrix.*")}
     matrix, cells = read_matrix(out)
     assert cells["shop"]["books-a"]["n_users"] == 30 and matrix["runs"]["shop"]["samples"] == 320
@@ -476,7 +476,7 @@ def test_a_tiny_model_from_training_to_picture(data, tmp_path, monkeypatch, caps
     capsys.readouterr()
     monkeypatch.setattr(finetune, "main", None)
     monkeypatch.setattr(evaluate, "main", None)
-    assert common.run(transfer_matrix.main, argv) == 0 and not commands_in(capsys.readouterr().out)
+    assert common.run_script(transfer_matrix.main, argv) == 0 and not commands_in(capsys.readouterr().out)
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first
-    assert common.run(transfer_matrix.main, [*argv, "--seed", "1"]) == 2  # nothing is run or replaced
+    assert common.run_script(transfer_matrix.main, [*argv, "--seed", "1"]) == 2  # nothing is run or replaced
     assert {path.name: path.read_bytes() for path in out.glob("matrix.*")} == first

@@ -29,7 +29,7 @@ def run(*args):
     """(exit code, standard output, last line of standard error) of a command line; a traceback fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = common.run(prepare_data.main, [str(arg) for arg in args])
+        code = common.run_script(prepare_data.main, [str(arg) for arg in args])
     return code, out.getvalue(), ([""] + err.getvalue().splitlines())[-1]
 
 
@@ -294,7 +294,7 @@ def test_next_item_ranking_of_any_dataset(name, tmp_path):
 def test_draw_is_distinct_and_never_touched():
     items = [f"i{k}" for k in range(100)]
     for touched, count, found in ((items[:10], 20, 20), (items[:95], 20, 5), (items, 3, 0), (items[:60], 40, 40)):
-        drawn = prepare_data.draw(set(touched), items, count, ("draw",))
+        drawn = prepare_data.draw_negatives(set(touched), items, count, ("draw",))
         assert len(drawn) == len(set(drawn)) == found and set(drawn) <= set(items) - set(touched)
 
 

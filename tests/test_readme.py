@@ -62,7 +62,7 @@ def test_commands_run(tmp_path, monkeypatch):
             argv = [re.sub(r"^--finetune-args=.*", "--finetune-args=--epochs 1", word) for word in argv]
             argv += ["--evaluate-args=--limit-users 40"]
             argv[argv.index("--sources") + 1:argv.index("--targets")] = ["news-a", "news-a+shop"]
-        assert common.run(SCRIPTS[script].main, argv) == 0, argv
+        assert common.run_script(SCRIPTS[script].main, argv) == 0, argv
         ran += 1
     assert ran >= (11 if MOVIELENS.exists() else 5)
     assert {path.suffix for path in Path("demo").glob("matrix.*")} == {".json", ".csv", ".md", ".svg"}
@@ -83,7 +83,7 @@ def test_own_dataset_as_the_readme_says(tmp_path, monkeypatch, capsys):
     (folder / "items.jsonl").write_text("\n".join(items))
     (folder / "test.jsonl").write_text(lines["test.jsonl"] + "\n")
     (folder / "meta.json").write_text(lines["meta.json"])
-    assert common.run(evaluate.main, ["--model", "random", "--test", "mine", "--out", "out"]) == 0
+    assert common.run_script(evaluate.main, ["--model", "random", "--test", "mine", "--out", "out"]) == 0
     assert "| mine " in capsys.readouterr().out
 
 
