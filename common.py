@@ -205,7 +205,7 @@ def answer_token(tokenizer, context, word, chat=False):
         token = vocabulary.get(word, vocabulary.get(word.strip()))
     if token is None or token == tokenizer.unk_token_id:
         shown = tokenizer.convert_ids_to_tokens(after)[-5:]
-        raise UserError(f"the answer {word!r} is not a token of this tokenizer: the prompt ends in {shown} with it; "
+        raise UserError(f"the answer {word!r} is not a single token here: the prompt with it ends in {shown}; "
                         'choose other "answers" with --prompt')
     return token
 
@@ -296,8 +296,9 @@ def encode_user(scorer, user):
         dropped += 1
         history = user["history"][dropped:]
         if not history:
-            raise UserError(f"user {user['user']}: {max(map(len, ids))} tokens with one item of history, and at most "
-                            f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
+            raise UserError(f"user {user['user']} needs {max(map(len, ids))} tokens even with one item of history, but "
+                            f"at most {scorer.limit} fit: raise --max-length, if the model allows it, or shorten the "
+                            "prompt")
         ids = encode(scorer, user_texts(scorer, history, user["candidates"]))
     return ids, dropped
 
@@ -542,7 +543,7 @@ def encode_items(scorer, texts):
     ids = encode(scorer, [fill(scorer.prompt["candidate"], candidate=text) for text in texts])
     for text, tokens in zip(texts, ids):
         if len(tokens) > scorer.limit:
-            raise UserError(f"the item text {text[:40]!r}... has {len(tokens)} tokens, and at most {scorer.limit} fit: "
+            raise UserError(f"the item text {text[:40]!r}... has {len(tokens)} tokens, but at most {scorer.limit} fit: "
                             "raise --max-length, if the model allows it")
     return ids
 
@@ -609,6 +610,7 @@ def load_scorer(args):
     Raises UserError, one line, where the model cannot be loaded, has no LM head for prompts, or scores wrongly.
     """
     name = model_name(args.model)
+    say(f"{name}: loading, and checking on made-up texts how texts may share a forward pass")
     try:
         scorer = load_pretrained(args, name)
         if args.type == "prompt":
@@ -621,7 +623,7 @@ def load_scorer(args):
     except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
         where = ""
         if isinstance(error, OSError) and not Path(name).is_dir():
-            where = "no such folder, and the hub gave none (offline, gated, misspelt?): "
+            where = "no such folder, and not on the hub (offline, gated, misspelt?): "
         raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
     if reason:
         say(f"{name}: {reason}")
@@ -895,11 +897,11 @@ def packing_fault(scorer):
     if (changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
-    some = sorted({*range(len(prompts))[:4], *range(len(prompts))[-4:]})  # the first and the last few
+    some = sorted({0, 1, len(prompts) - 2, len(prompts) - 1})  # the first and the last of them
     separate = score_in_batches(scorer, [Row([], [prompts[i]], [n]) for n, i in enumerate(some)])
     difference = np.abs(scores[some] - separate).max()
     if difference > tolerance(scorer.model.dtype, torch.tensor(separate)):
-        return f"packed and separate scores differ by {difference:.2g} (attention by place in the row)"
+        return f"packed and separate scores differ by {difference:.2g} (attention depends on the position in the row)"
     return None
 
 
@@ -913,7 +915,7 @@ def padding_changes(scorer):
         short = made_up_prompt(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
         if not torch.equal(alone, scores_or_embeddings(scorer, [short])):
-            raise UserError(f"model {scorer.name} gives NaN or other scores on each run, so they mean nothing: "
+            raise UserError(f"model {scorer.name} gives NaN, or different scores on each run, so they mean nothing: "
                             "try --dtype float32")
         # the padding's content must not be felt at all, its length by no more than rounding
         beside = scores_or_embeddings(scorer, [short, long])[0]
@@ -1348,7 +1350,7 @@ def user_fault(user, items):
                 return f'"{key}" holds the item {item!r}, which items.jsonl lacks'
     labels = user.get("labels")
     if not user["candidates"] or not isinstance(labels, list) or len(labels) != len(user["candidates"]):
-        return '"labels" must be a list with a label for each candidate, of which there is at least one'
+        return '"labels" must hold one label per candidate, and there must be at least one candidate'
     for label in labels:
         if type(label) is not int or label not in (0, 1):
             return f"a label is 0 or 1, not {json.dumps(label)}"
@@ -1400,7 +1402,8 @@ def job_state(place, job, found, finished, overwrite):
         return "start"
     changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
     if changed:
-        raise UserError(f"{place} was made with other {', '.join(changed)}: choose another --out or give --overwrite")
+        raise UserError(f"{place} was made with a different {', '.join(changed)}: "
+                        "choose another --out or give --overwrite")
     return "finished" if finished else "continue"
 
 
@@ -1475,12 +1478,15 @@ def positive_number(text):
 def output_folder(text):
     """A path to write a folder to, for argparse."""
     if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; it takes a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is needed")
     return text
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the script's docstring as it stands, and the defaults of the flags."""
+    """--help shows the script's docstring as it stands, and the defaults of the flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1505,7 +1511,7 @@ def shared_arguments(parser):
         help="embedding of a text: its first token, the mean over tokens, or its last token; auto: as the model's own "
              "files say, else last for decoder-only models and mean for others")
     add("--seed", type=whole_number, metavar="N", default=2025, help="seed of everything random")
-    add("--device", help="cpu, cuda, cuda:1, ...; CUDA where there is one if not given")
+    add("--device", help="cpu, cuda, cuda:1, ... (if not given: CUDA where available)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
         help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
     add("--max-length", type=positive_number, metavar="TOKENS", default=1024,
@@ -1527,7 +1533,7 @@ def run_script(main, argv=None):
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: lower --max-tokens"
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing is lost; run the same command again, without --overwrite", file=sys.stderr)
+        print("\ninterrupted: to continue, run the same command again, without --overwrite", file=sys.stderr)
         return 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

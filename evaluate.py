@@ -61,6 +61,7 @@ def main(argv=None):
     results = []
     for name, state in states.items():
         if state == "finished":
+            say(f"{result_path(args.out, name)} is finished already; --overwrite scores it again")
             results.append(common.read_json(result_path(args.out, name)))
             continue
         users, items = common.read_users(args.data, name, args.split, args.limit_users)
@@ -369,7 +370,8 @@ def against(args, results):
                 difference = result[metric] - other[metric]
             row.append(cell(difference, common.interval(our_draws[metric] - their_draws[metric]), "+"))
         rows.append(row)
-    return f"{common.markdown_table(rows)}\n[95% intervals of the paired difference: it is real where 0 lies outside]"
+    note = "[95% intervals of the paired difference; by chance alone, 1 in 20 excludes 0]"
+    return f"{common.markdown_table(rows)}\n{note}"
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def prompt_losses(scorer, train, samples):
 def embed_losses(scorer, train, samples):
     """Yield (loss, tokens) of each part of a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    Of train's texts, the first is the user's history, the others are the candidates. A history is encoded once a part.
+    Of train's texts, the first is the user's history, the others are the candidates. A history is encoded once per
+    part.
     """
     lengths = []
     for user, candidate in samples:
@@ -463,7 +464,7 @@ def report(args, run, test_sets):
     print(f"{args.out}: best {args.valid_metric} {best['mean']:.4f} at step {best['step']} of {run['steps']}; "
           f"{run['samples']} samples in {run['seconds']:.0f} s ({speed:.0f} samples/s)")
     if not run["beats_base"]:
-        print("no evaluation was better than that before the first step: the adapter is as it was then")
+        print("no evaluation beat the one before the first step: the saved adapter is the initial one")
     if run["unstable"]:
         print("unstable training: the validation metric fell by more than 0.05 between evaluations; try a lower --lr")
     domains = {**common.domains_of(test_sets), **run["domains"]}

@@ -9,8 +9,8 @@
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
 Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line per user {"user",
-"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read; what was dropped and why:
-events of the whole files, then of the users that were looked at until the sizes were reached; sha256).
+"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read; what was dropped and why,
+first over whole files, then over the users examined to reach the sizes; sha256).
 
 In reading order: the raw formats; reading their rows; a uniform sample of users with complete histories, in bounded
 memory; a user's history and candidates, by kind of dataset; splits and their files; the authors' own samples; the demo.
@@ -140,12 +140,11 @@ def in_order(user, items):
     return [(user, item, None, 1) for item in items]
 
 
-def title_of(text):
-    """An item's text, cleaned. Raises ValueError where it is the name of a column: a header row."""
-    text = clean(text)
-    if text.lower() in ("title", "title_en", "headline"):
-        raise ValueError("a header row")
-    return text
+def item_id(item):
+    """The id of an item. Raises ValueError where it holds no digit: a header row, not an item."""
+    if not re.search(r"\d", item):
+        raise ValueError("a header row: no digit in the id")
+    return item
 
 
 def mind_item(line):
@@ -153,7 +152,7 @@ def mind_item(line):
     item, _, _, title, *others = line.split("\t")
     if len(others) > 4:
         raise ValueError("more than 8 fields")
-    return item, title_of(title)
+    return item_id(item), clean(title)
 
 
 def mind_impression(line):
@@ -173,7 +172,7 @@ def pens_item(line):
         raise ValueError("more than 7 fields")
     if re.fullmatch(r'"([^"]|"")*"', title):  # quoted, as csv writers do
         title = title[1:-1].replace('""', '"')
-    return item, title_of(title)
+    return item_id(item), clean(title)
 
 
 def pens_impression(line):
@@ -240,17 +239,19 @@ def lastfm_visit(line):
 def pog_item(fields):
     """pog_translated_titles.csv: item, Chinese title, English title."""
     item, _, english = fields
-    return item, title_of(english)
+    return item_id(item), clean(english)
 
 
 def pog_chinese_item(line):
     """item_data.txt: item, category, picture, title, which may hold commas."""
     item, _, _, title = line.split(",", 3)
-    return item, title_of(title)
+    return item_id(item), clean(title)
 
 
 def pog_sequence(line):
     """user_data.txt: user, "item;item;...", outfit."""
+    if '"' in line:
+        raise ValueError("a quote, and this file is no CSV")
     user, items, _ = line.split(",")
     return in_order(user, items.split(";"))
 
@@ -290,7 +291,7 @@ class Table(NamedTuple):
     form: str  # text (a line is a row), csv, json (an object per line), netflix
     parse: object  # one of the functions above
     columns: tuple = ()  # csv: names in the header (none: there is no header), json: keys; the last may be missing
-    header: bool = False  # text, and csv without columns: the first line is no row where parse refuses it
+    header: bool = False  # text, and csv without columns: the first line is no row if it holds no digit
     latin1: bool = False  # a line that is not UTF-8 is latin-1, not malformed
 
 
@@ -356,7 +357,6 @@ SOURCES = {
 
 MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
-ROW_START = re.compile(r"\n\d+,(?!\d{3}\b)\S")  # "12,Heat": so starts a row and, unlike "10,000 views", hardly a text
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what raw_lines makes of bytes that are not UTF-8
 
 
@@ -393,6 +393,11 @@ def find_files(name, raw):
             advice = f"; unpack {packed[0]} there" if packed else f"; there are {', '.join(there[:9])}" if there else ""
             raise UserError(f"{folder / file} (or .gz) is missing; get it from {source.home}{advice}")
         tables.append(complete[0])
+    files = tables[0].files + tables[1].files
+    for file in files:
+        if file.parent != files[0].parent:
+            raise UserError(f"{files[0]} and {file} lie in different folders, of two releases perhaps: "
+                            "put the files of one release into one folder")
     return tables
 
 
@@ -407,6 +412,7 @@ def raw_lines(path, latin1):
             for number, line in enumerate(tqdm(file, desc=str(path), unit=" lines", mininterval=0.5), 1):
                 if "\0" in line:
                     raise UserError(f"{path}, line {number}: NUL bytes; the file has to be UTF-8, not UTF-16")
+                line = line.removeprefix("\ufeff")  # a byte order mark where two files were joined
                 if latin1 and NOT_UTF8.search(line):
                     line = line.encode("utf-8", "surrogateescape").decode("latin-1")
                 yield line
@@ -439,8 +445,9 @@ def csv_rows(path, lines):
     line = 1
     try:
         for fields in rows:
-            if rows.line_num > line and ROW_START.search(",".join(fields)):
-                raise UserError(f"{path}, line {line}: a quote that opens there closes on line {rows.line_num} only")
+            for more in ",".join(fields).split("\n")[1:]:  # of a text that spans lines
+                if more.count(",") + 1 >= len(fields):  # as many fields as a row has: rows were swallowed
+                    raise UserError(f"{path}, line {line}: a quote opened there closes only on line {rows.line_num}")
             yield line, fields
             line = rows.line_num + 1
     except csv.Error as error:
@@ -492,13 +499,14 @@ def read_rows(path, table, counts):
             if table.form == "csv" and table.columns:
                 columns = find_columns(path, header, table.columns)
                 continue
+        if table.header and line == 1 and not re.search(r"\d", text):
+            continue
         try:
             if not text.isascii() and NOT_UTF8.search(text):
                 raise ValueError(f"not UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
             parsed = table.parse(fields_of(table, row, header, columns))
         except MALFORMED as error:
-            if line > 1 or not table.header:
-                note_malformed(count, text, line, error)
+            note_malformed(count, text, line, error)
             continue
         count["rows"] += 1
         yield parsed
@@ -807,7 +815,7 @@ def found_job(folder):
     own = isinstance(meta, dict) and meta.get("dataset") == folder.name
     for name in names:
         if not own or name not in meta.get("files", OUR_FILES):
-            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py has not written; "
+            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
     return meta.get("job", {}) if names else None
 
@@ -912,8 +920,8 @@ def from_recbench(name, folder, args):
     paths = [folder / file for file in files if (folder / file).is_file()]
     parts = [path.stem for path in paths if path.stem in ("test", "finetune")]
     if not parts or paths[:2] != [folder / file for file in files[:2]]:
-        raise UserError(f"{folder} lacks items.parquet, users.parquet, or test.parquet and finetune.parquet; "
-                        "get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
+        raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
+                        "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
            "raw": raw_files(folder, paths)}
     new = begin(target, job, args.overwrite)
@@ -1171,16 +1179,18 @@ def arguments(argv):
     add("--list", action="store_true", help="print the datasets, their raw files and home pages")
     add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
     add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
-    add("--out", default="data", type=common.output_folder, help="folder to write <dataset>/ into (the others' --data)")
+    add("--out", default="data", type=common.output_folder,
+        help="folder to write <dataset>/ into (--data of the other scripts)")
     add("--test-size", type=common.whole_number, metavar="SAMPLES",
         help="if not given: 20000 for the paper's test sets, else 0")
     add("--train-size", type=common.whole_number, metavar="SAMPLES",
         help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
     add("--max-history", type=common.positive_number, default=20,
-        help="items of a history that are written, the latest")
-    add("--positives", type=common.positive_number, help="per user; if given, negatives are drawn (if not: see --list)")
+        help="latest items of a history to keep")
+    add("--positives", type=common.positive_number,
+        help="positives per user; if given, negatives are drawn at random (if not: see --list)")
     add("--negatives", type=common.positive_number,
-        help="per user, drawn from items never touched (if not given: see --list)")
+        help="negatives per user, drawn from items never touched (if not given: see --list)")
     add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
     add("--seed", type=int, default=2025, help="seed of everything random")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")

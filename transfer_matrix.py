@@ -38,10 +38,12 @@ def arguments(argv):
     add("--targets", nargs="+", metavar="TARGET", help="datasets to test on, a column each")
     add("--out", metavar="DIR", type=common.output_folder, help="folder of the matrix")
     add("--metric", choices=common.METRIC_NAMES, default="auc", help="metric in the cells")
-    add("--k", nargs="+", type=common.positive_number, default=[1, 3, 5], help="of the reciprocal rank average RRA@K")
+    add("--k", nargs="+", type=common.positive_number, default=[1, 3, 5],
+        help="values of K for RRA@K (reciprocal rank average)")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
-    add("--finetune-args", type=shlex.split, default="", help="more for finetune.py: --finetune-args='--lr 1e-3'")
-    add("--evaluate-args", type=shlex.split, default="", help="more for evaluate.py")
+    add("--finetune-args", type=shlex.split, default="",
+        help="further arguments for finetune.py: --finetune-args='--lr 1e-3'")
+    add("--evaluate-args", type=shlex.split, default="", help="further arguments for evaluate.py")
     add("--compare", nargs="+", metavar="DIR", help="print one table over several matrices: models by setting")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -326,8 +328,8 @@ def count_marks(matrix):
     marks = [cell["mark"] for cell in matrix["cells"] if cell["gain"]]
     return [f"Of {len(marks)} cells {marks.count('better')} are better than zero-shot (▲) and {marks.count('worse')} "
             "worse (▼, negative transfer).",
-            f"Marked where the 95% interval of the paired difference excludes 0; by chance {0.025 * len(marks):.1f} "
-            "better and as many worse."]
+            f"Marked where the 95% interval of the paired difference excludes 0; about "
+            f"{0.025 * len(marks):.1f} better and {0.025 * len(marks):.1f} worse are expected by chance."]
 
 
 def notes(matrix):
@@ -344,7 +346,7 @@ def notes(matrix):
                  f"{pairs} pairs of single source and other target: {'undefined' if rho is None else f'{rho:+.2f}'}.")
     for cell in matrix["cells"]:
         if cell["source"] == ZERO and cell.get("collapsed"):
-            lines.append(f"Zero-shot collapse on {cell['target']}: the scores are as good as chance.")
+            lines.append(f"Zero-shot collapse on {cell['target']}: the scores are no better than chance.")
     for source, run in matrix["runs"].items():
         if run["unstable"]:
             lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")
@@ -386,7 +388,7 @@ def compare(folders):
                 values[-1][*key, cell["data_sha256"], cell["n_users"]] = cell["value"]
     shared = set(values[0]).intersection(*values)
     if not shared:
-        raise UserError("the matrices share no cell: other metrics, sources, targets or test users")
+        raise UserError("the matrices share no cell: their metrics, sources, targets or test users differ")
     head = [matrix["metric"]]
     for letter in common.SETTINGS:
         keys = sorted(key for key in shared if key[1] == letter)
@@ -396,7 +398,7 @@ def compare(folders):
             for row, value_of in zip(rows, values):
                 means = [np.mean([value_of[key] for key in keys if key[2] == target]) for target in targets]
                 row.append(f"{np.mean(means):.3f}")
-    return common.markdown_table([head, *rows]) + "\nIn brackets: the number of targets that a mean is over."
+    return common.markdown_table([head, *rows]) + "\nIn brackets: the number of targets averaged."
 
 # -------------------------------------------------------------------------------------------------------------- picture
 

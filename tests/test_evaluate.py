@@ -167,10 +167,10 @@ def test_nothing_is_scored_twice_or_taken_for_something_else(data, tmp_path, fol
     before = result.read_bytes(), scores.read_bytes()
     monkeypatch.setattr(common, "load_scorer", None)
     assert run(*command) == 0 and (result.read_bytes(), scores.read_bytes()) == before
-    assert "made with other max_length" in error_of(capsys, *command, "--max-length", 99)
-    assert "made with other" in error_of(capsys, data, "--model", "random", *command[3:])
+    assert "made with a different max_length" in error_of(capsys, *command, "--max-length", 99)
+    assert "made with a different" in error_of(capsys, data, "--model", "random", *command[3:])
     write_dataset(data, "mind", 10, seed=1)
-    assert "made with other data_sha256" in error_of(capsys, *command)
+    assert "made with a different data_sha256" in error_of(capsys, *command)
     assert (result.read_bytes(), scores.read_bytes()) == before
     assert run(data, "--model", "random", "--test", "mind", "--out", tmp_path / "out", "--overwrite") == 0
     assert json.loads(result.read_text())["model"] == "random" and scores.read_bytes() != before[1]
@@ -186,7 +186,7 @@ def test_overwrite_removes_nothing_before_there_is_something_in_its_place(data, 
 
 def test_a_foreign_scores_file_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "mind.scores.jsonl").write_text('{"user": "u0", "scores": [1]}\n')
-    assert "made with other" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path)
+    assert "made with a different" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path)
     assert "scores" in (tmp_path / "mind.scores.jsonl").read_text()
 
 
@@ -194,7 +194,7 @@ def test_what_is_in_the_way_of_a_later_dataset_shows_before_the_first_is_scored(
     write_dataset(data, "pens", 4)
     assert run(data, "--model", "random", "--test", "pens", "--out", tmp_path / "out") == 0
     command = [data, "--model", "popularity", "--test", "mind", "pens", "--out", tmp_path / "out"]
-    assert "pens.json was made with other model" in error_of(capsys, *command)
+    assert "pens.json was made with a different model" in error_of(capsys, *command)
     assert not Path(tmp_path, "out", "mind.json").exists()
 
 
@@ -220,7 +220,7 @@ common.score_prompts = dying"""
     assert len(scores.read_bytes().splitlines()) == 1 + 4
     with open(scores, "ab") as file:
         file.write(b'{"user": "u4", "scores": [0.25, 1')  # torn
-    assert "made with other seed" in error_of(capsys, data, *command, tmp_path / "out", "--seed", 1)
+    assert "made with a different seed" in error_of(capsys, data, *command, tmp_path / "out", "--seed", 1)
     assert run(data, *command, tmp_path / "out") == 0
     assert scores.read_bytes() == (tmp_path / "whole/mind.scores.jsonl").read_bytes()
     results = [json.loads((tmp_path / folder / "mind.json").read_text()) for folder in ("out", "whole")]
@@ -283,7 +283,7 @@ def test_errors_that_the_user_can_fix(data, tmp_path, folders, capsys):
     assert "it takes no --adapter" in error("--model", "random", "--test", "mind", "--adapter", tmp_path)
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
-    assert "it takes a folder" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
+    assert "a folder is needed" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
     if not torch.cuda.is_available():
         assert "torch sees no CUDA GPU" in error(*llama, "--device", "cuda:1")
     assert "file" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "file" / "out")
@@ -371,7 +371,7 @@ def test_a_model_whose_files_have_changed_is_another_one(data, tmp_path, folders
     content = (tmp_path / "model" / file).read_text()
     assert old in content
     (tmp_path / "model" / file).write_text(content.replace(old, new, 1))
-    assert "made with other model" in error_of(capsys, *command)
+    assert "made with a different model" in error_of(capsys, *command)
 
 
 # ----------------------------------------------------------------------------------------------- baselines and controls
@@ -494,7 +494,7 @@ def test_a_result_whose_scores_are_gone_is_not_replaced_by_another_job(tmp_path,
     before = (tmp_path / "out/mind.json").read_text()
     assert run(tmp_path / "data", *flags, "--seed", str(seed)) == code
     if code:
-        assert "was made with other seed" in capsys.readouterr().err
+        assert "was made with a different seed" in capsys.readouterr().err
         assert (tmp_path / "out/mind.json").read_text() == before
 
 

@@ -489,11 +489,11 @@ def test_a_finished_run_answers_at_once_and_other_arguments_are_refused(data, mo
         assert "is finished already" in capfd.readouterr().err
     for flags, what in ((["--lr", 1e-5], "lr:"), (["--seed", 1], "seed:"), (["--type", "embed"], "type:"),
                         (["--train", "mind"], "train, valid, data_sha256:")):
-        assert f"made with other {what}" in error_of(capfd, data, models["llama"], out, *DROPOUT, *flags)
+        assert f"made with a different {what}" in error_of(capfd, data, models["llama"], out, *DROPOUT, *flags)
     other_data = tmp_path / "data"
     shutil.copytree(data / "mind", other_data / "mind")
     write_dataset(other_data, "pens", {"train": [4] * 9, "valid": [4] * 9}, seed=9)
-    assert "made with other data_sha256:" in error_of(capfd, other_data, models["llama"], out, *DROPOUT)
+    assert "made with a different data_sha256:" in error_of(capfd, other_data, models["llama"], out, *DROPOUT)
     assert contents(out) == contents(whole[0])
 
 
@@ -501,7 +501,7 @@ def test_a_finished_run_answers_at_once_and_other_arguments_are_refused(data, mo
                                         ("run.json", "[]"), ("run.json", '{"job": 3}')])
 def test_the_files_of_another_program_are_refused(data, models, tmp_path, capfd, name, text):
     (tmp_path / name).write_text(text)
-    assert "made with other" in error_of(capfd, data, models["llama"], tmp_path, *SHORT)
+    assert "made with a different" in error_of(capfd, data, models["llama"], tmp_path, *SHORT)
     assert contents(tmp_path) == {name: text.encode()}
     if name == "run.json":
         init = [tmp_path / "out", *SHORT, "--init-adapter", tmp_path]
@@ -525,7 +525,7 @@ def test_overwrite_removes_nothing_before_there_is_something_in_its_place(data, 
         assert after["adapter_model.safetensors"] == before["adapter_model.safetensors"]
         assert (after.get("run.json") == before["run.json"]) == (number < 3) and ("state.pt" in after) == (number > 1)
         if number == 1:
-            assert "made with other" in error_of(capfd, data, models["llama"], out, *SHORT)
+            assert "made with a different" in error_of(capfd, data, models["llama"], out, *SHORT)
         else:
             assert run(data, models["llama"], out, *SHORT) == 0
             assert_same_run(out, tmp_path / "wanted")
@@ -681,7 +681,7 @@ def test_an_adapter_belongs_to_its_base_model_and_type(data, models, tmp_path, w
     other = shutil.copytree(whole[0], tmp_path / "other-init")
     (other / "log.jsonl").write_text("")
     init_other = [tmp_path / "out", *SHORT, "--init-adapter", other]
-    assert "made with other init_adapter:" in error_of(capfd, data, moved, *init_other)
+    assert "made with a different init_adapter:" in error_of(capfd, data, moved, *init_other)
     network = transformers.AutoModelForCausalLM.from_pretrained(moved)
     torch.nn.init.normal_(network.model.norm.weight)
     network.save_pretrained(moved)

@@ -181,8 +181,8 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
 
     assert run_matrix(data, tmp_path / "out", sources=["shop"], targets=["shop"]) == 0
     capsys.readouterr()
-    assert "made with other seed" in error("--seed", "1", sources=["shop"], targets=["shop"])
-    assert "runs/shop was made with other lr" in error("--finetune-args=--lr 0.5", sources=["shop"], targets=["shop"])
+    assert "made with a different seed" in error("--seed", "1", sources=["shop"], targets=["shop"])
+    assert "runs/shop was made with a different lr" in error("--finetune-args=--lr 0.5", sources=["shop"], targets=["shop"])
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
@@ -245,7 +245,7 @@ def test_settings_values_gains_and_marks(data, tmp_path, monkeypatch):
     text = (tmp_path / "matrix.md").read_text()
     better, worse = marks.count("better"), marks.count("worse")
     assert f"Of 20 cells {better} are better than zero-shot (▲) and {worse} worse" in text
-    assert "by chance 0.5 better and as many worse" in text
+    assert "about 0.5 better and 0.5 worse are expected by chance" in text
     assert "not the luck of a training run" in text and "says nothing of harm" in text
     assert text.count("Zero-shot collapse on") == 4
     with open(tmp_path / "matrix.csv") as lines:
@@ -456,7 +456,7 @@ def test_compare_models_by_setting(tmp_path, capsys):
     code, err, _ = compare(small, write_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, data_sha256="1"))
     assert code == 2 and "share no cell" in err
     code, err, _ = compare(small, write_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr"))
-    assert code == 2 and "share no cell: other metrics" in err and err.count("\n") == 1
+    assert code == 2 and "share no cell: their metrics" in err and err.count("\n") == 1
     assert compare(str(tmp_path))[0] == 2
 
 # ------------------------------------------------------------------------------------------------------------ for real

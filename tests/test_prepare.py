@@ -473,7 +473,7 @@ def test_raw_files_are_never_replaced(tmp_path, overwrite):
     broken(tmp_path, "mind")
     before = sorted(path for path in tmp_path.rglob("*"))
     code, _, err = run("mind", "--raw", tmp_path, "--out", tmp_path, *overwrite)
-    assert code == 2 and "which prepare_data.py has not written" in err and "--overwrite" not in err
+    assert code == 2 and "which prepare_data.py did not write" in err and "--overwrite" not in err
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
@@ -498,12 +498,13 @@ def test_an_edit_that_keeps_size_and_name_is_seen(tmp_path):
     path = tmp_path / "raw/yelp/yelp_academic_dataset_review.json"
     path.write_bytes(path.read_bytes().replace(b"5.0", b"1.0", 1))
     code, _, err = run("yelp", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
-    assert code == 2 and "made with other raw" in err
+    assert code == 2 and "made with a different raw" in err
     shutil.copyfile(RAW / "yelp" / path.name, path)  # another time of modification, the same content
     code, out, _ = run("yelp", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
     assert code == 0 and "already prepared" in out
 
 
+PENS_HEADER = b"UserID\tClicknewsID\tdwelltime\texposure_time\tpos\tneg\tstart\tend\tdwelltime_pos"
 FILMS, STARS, NEWS, READS = "movies.csv", "ratings.csv", "train/news.tsv", "train/behaviors.tsv"
 SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
 
@@ -512,7 +513,9 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     # a quote that is not closed
     ("movielens", FILMS, b"\n1,Toy Story", b'\n1,"Toy Story', "line 2: "),
     ("movielens", FILMS, b"15,Casino", b'15,"Casino', "line 7: unexpected end of data"),
-    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n15,Casino,Crime\n17,Up","x"', "line 6: a quote that opens there"),
+    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n15,Casino,Crime\n17,Up","x"', "line 6: a quote opened there"),
+    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n300,300 5",x', "line 6: a quote opened there"),
+    ("pog", "pog_translated_titles.csv", b'"Dress, red"\n', b'"Dress\na1f,x,Hat\nb2e,x,Screen 55"\n', "line 2: a quote"),
     ("movielens", FILMS, b'American President, The (1995)"', b"American President, The (1995)", "line 3"),
     # encodings
     ("movielens", FILMS, "Émile".encode(), "Émile".encode("cp1252"), "line 5: '13,\\\\xc9mile (2000),Drama' (not UTF-8"),
@@ -526,7 +529,12 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     ("mind", NEWS, b"N1\t", b"N1\tx\tx\tx\tx\tx\tx\tx\tx\t", "fields"),
     # headers
     ("movielens", STARS, b"8,1,5.0,10", b"userId,movieId,rating,timestamp", "a second header row"),
+    ("movielens", STARS, b"8,1,5.0,10", b"\xef\xbb\xbfuserId,movieId,rating,timestamp", "a second header row"),
     ("mind", NEWS, b"N1\t", b"id\tcategory\tsubcategory\ttitle\tabstract\nN1\t", "a header row"),
+    ("mind", NEWS, b"N1\t", b"id\tcategory\tsubcategory\tnews_title\nN1\t", "a header row"),
+    ("pens", "news.tsv", b"N2\t", b"News ID\tCategory\tTopic\tHeadline\nN2\t", "line 3: 'News ID"),
+    ("pens", "train.tsv", PENS_HEADER + b"\r\nU1\tN1 N2\t1", b"U1\tN1 N2\t1\t1", "line 1: 'U1"),
+    ("pog", "user_data.txt", b"a1,", b'"a1",', "a quote, and this file is no CSV"),
     # ids of events and items that do not meet
     ("movielens", FILMS, b"\n1", b"\nm1", "an item of the events is '11', of the items ['m1']"),
 ])
@@ -539,6 +547,7 @@ def test_malformed_file_is_one_line_that_shows_it(tmp_path, name, file, old, new
 @pytest.mark.parametrize("name, file, old, new, item, text", [
     ("netflix", "movie_titles.csv", "Amélie".encode("latin-1"), "Amélie".encode(), "3", "title: Amélie"),
     ("netflix", "movie_titles.csv", b"1,2003,", b"\xef\xbb\xbf1,2003,", "1", "title: Dinosaur Planet, year: 2003"),
+    ("mind", NEWS, b"N4\t", b"\xef\xbb\xbfN4\t", "N4", "Fourth"),
     ("pens", "news.tsv", b"Two", b'"""Two"" of two"', "N2", '"Two" of two'),
     ("pens", "news.tsv", b"Two", b'"Two" and "three"', "N2", '"Two" and "three"'),
     ("movielens", FILMS, b"1,Toy Story (1995),Comedy", b'"1","Toy Story (1995)","Comedy"', "1", "Toy Story (1995)"),
@@ -607,6 +616,9 @@ def test_files_one_folder_deeper_are_found_and_packed_ones_named(tmp_path):
     write(tmp_path / "packed/movielens/ml-latest-small.zip", "PK")
     code, _, err = run("movielens", "--raw", tmp_path / "packed", "--out", tmp_path / "x")
     assert code == 2 and "unpack ml-latest-small.zip" in err
+    shutil.copy(RAW / "movielens/movies.csv", tmp_path / "deep/movielens/movies.csv")
+    code, _, err = run("movielens", "--raw", tmp_path / "deep", "--out", tmp_path / "mixed")
+    assert code == 2 and "lie in different folders" in err
     write(tmp_path / "other/movielens/u.data", "1\t2\t3\t4\n")
     code, _, err = run("movielens", "--raw", tmp_path / "other", "--out", tmp_path / "x")
     assert code == 2 and "there are u.data" in err
@@ -772,7 +784,7 @@ def test_a_demo_model_of_another_seed_is_not_taken(tmp_path, monkeypatch):
     for name in common.DEMO:
         shutil.rmtree(tmp_path / name)
     code, _, err = run("demo", "--out", tmp_path, "--seed", "7")
-    assert code == 2 and "demo-model was made with other seed" in err
+    assert code == 2 and "demo-model was made with a different seed" in err
     assert run("demo", "--out", tmp_path, "--seed", "7", "--overwrite")[0] == 0
     assert (tmp_path / "demo-model/seed").read_text() == "7"
 

@@ -446,7 +446,7 @@ def test_answer_tokens():
             (byte_level, "Answer:", " Yes", "ĠYes"), (byte_level, "Answer:\n", "Yes", "Yes"),  # (a)
             (words, "Answer:", " Yes", "yes"), (pieces, "Answer:", " Yes", "▁Yes"), (pieces, "x", "▁No", "▁No")]:  # (b)
         assert tokenizer.convert_ids_to_tokens(common.answer_token(tokenizer, context, word)) == token
-    with pytest.raises(common.UserError, match="'Perhaps' is not a token of this tokenizer: .*'p', 's'"):
+    with pytest.raises(common.UserError, match="'Perhaps' is not a single token here: .*'p', 's'"):
         common.answer_token(byte_level, "Answer:", "Perhaps")
 
 
@@ -488,7 +488,7 @@ def test_the_oldest_items_go_first_for_all_candidates_of_a_user(model):
 
 
 def test_what_does_not_fit_with_one_item_is_one_line_that_names_the_user(model):
-    with pytest.raises(common.UserError, match="user a: .* tokens with one item of history, and at most 20 fit"):
+    with pytest.raises(common.UserError, match="user a needs .* tokens even with one item of history, but at most 20 fit"):
         score(scorer_of(model("llama"), "--max-length", 20))
 
 
@@ -614,7 +614,7 @@ def test_long_histories_are_cut_for_embeddings_and_long_items_refused(model):
     scorer = scorer_of(model("bert"), "--type", "embed", "--max-length", 40)
     scores, cost = common.score_embeddings(scorer, [user("u", ["the red moon"] * 30, ["light"])], {})
     assert np.isfinite(scores[0]).all() and cost["dropped"][0] > 0
-    with pytest.raises(common.UserError, match="'moon moon .* has 102 tokens, and at most 40 fit"):
+    with pytest.raises(common.UserError, match="'moon moon .* has 102 tokens, but at most 40 fit"):
         common.score_embeddings(scorer, [user("u", ["red"], ["moon " * 100])], {})
 
 
@@ -660,7 +660,7 @@ def test_a_folder_goes_before_a_short_name(tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_not_there_is_one_line():
-    with pytest.raises(common.UserError, match="no such folder, and the hub gave none"):
+    with pytest.raises(common.UserError, match="no such folder, and not on the hub"):
         scorer_of("nobody/nothing")
 
 
