@@ -296,7 +296,7 @@ GOOD = {"user": "u0", "history": ["i0"], "candidates": ["i1", "i2"], "labels": [
 @pytest.mark.parametrize("change, says", [
     ({"labels": ["1", 0]}, 'a label is 0 or 1, not "1"'), ({"labels": [1.0, 0]}, "not 1.0"),
     ({"labels": [None, 0]}, "not null"), ({"labels": [300, 0]}, "not 300"), ({"labels": [True, 0]}, "not true"),
-    ({"labels": {"i1": 1}}, '"labels" must be a list'), ({"labels": [1]}, "a label for each candidate"),
+    ({"labels": {"i1": 1}}, '"labels" must hold one label per candidate'), ({"labels": [1]}, "one label per candidate"),
     ({"candidates": [], "labels": []}, "at least one"), ({"history": None}, '"history" must be a list'),
     ({"history": [3]}, "3, and an item id is a string"), ({"history": ["nope"]}, "'nope', which items.jsonl lacks"),
     ({"candidates": ["i1", "x"]}, "'x', which items.jsonl lacks"), ({"user": 3}, '"user" must be a string')])

@@ -451,7 +451,7 @@ def test_answer_tokens():
 
 
 @pytest.mark.parametrize("answers, says", [
-    ([" yes", " Yes"], "both answers"), (["☃", "yes"], "is not a token"), (["yes", "☃"], "is not a token")])
+    ([" yes", " Yes"], "both answers"), (["☃", "yes"], "is not a single token"), (["yes", "☃"], "is not a single token")])
 def test_answers_that_are_one_token_or_unknown_are_refused(model, tmp_path, answers, says):
     """"☃" is [UNK] to this tokenizer: refused also where only one answer is."""
     (tmp_path / "prompt.json").write_text(json.dumps({"answers": answers}))
