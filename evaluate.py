@@ -133,7 +133,7 @@ def state_of(args, name, job):
         found = common.read_job(result)
     elif scores.exists():
         found = job_of_scores(scores)
-    state = common.job_state(result, job, found, result.exists(), args.overwrite)
+    state = common.job_state(Path(args.out, name), job, found, result.exists(), args.overwrite)
     return state if scores.exists() else "start"  # a result without its scores is made again
 
 

@@ -445,9 +445,10 @@ def csv_rows(path, lines):
     line = 1
     try:
         for fields in rows:
-            for more in ",".join(fields).split("\n")[1:]:  # of a text that spans lines
-                if more.count(",") + 1 >= len(fields):  # as many fields as a row has: rows were swallowed
-                    raise UserError(f"{path}, line {line}: a quote opened there closes only on line {rows.line_num}")
+            if rows.line_num > line:  # a text that spans lines
+                for more in ",".join(fields).split("\n")[1:]:
+                    if more.count(",") + 1 >= len(fields):  # it has swallowed a row
+                        raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
             yield line, fields
             line = rows.line_num + 1
     except csv.Error as error:
@@ -718,8 +719,6 @@ def user_line(user, events, past, texts, items, job, dropped):
 
 # ----------------------------------------------------------------------------------------------- splits and their files
 
-OUR_FILES = ["items.jsonl", "meta.json", "test.jsonl", "train.jsonl", "valid.jsonl"]
-
 
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
@@ -757,6 +756,9 @@ def read_dataset(tables, job):
     users = lines_of(sample, texts, items, job, dropped)
     test = take(users, job["test_size"])
     finetune = take(users, job["train_size"])  # train and valid together
+    if not test and not finetune:
+        examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
+        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
     share, short = sample.threshold / EVERYBODY, {}
     for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(finetune))):
         if found < job[size]:
@@ -764,9 +766,6 @@ def read_dataset(tables, job):
             more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
             common.say(f"WARNING: {name}: --{size.replace('_', '-')} asks for {job[size]} samples, "
                        f"{found} were found{more}")
-    if not test and not finetune:
-        examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
-        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
     valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
     splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": test}
     return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
@@ -814,7 +813,7 @@ def found_job(folder):
     meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
     own = isinstance(meta, dict) and meta.get("dataset") == folder.name
     for name in names:
-        if not own or name not in meta.get("files", OUR_FILES):
+        if not own or name not in meta.get("files", []):
             raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
     return meta.get("job", {}) if names else None
@@ -883,7 +882,8 @@ def write_dataset(folder, texts, splits, job, report):
         print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
     common.write_json(folder / "meta.json", {
         "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind, "seed": job["seed"],
-        "job": job, **report, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts})
+        "job": job, **report, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts,
+        "files": [*(f"{table}.jsonl" for table in tables), "meta.json"]})
 
 
 # --------------------------------------------------------------------------------------------- the authors' own samples

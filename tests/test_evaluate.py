@@ -194,7 +194,7 @@ def test_what_is_in_the_way_of_a_later_dataset_shows_before_the_first_is_scored(
     write_dataset(data, "pens", 4)
     assert run(data, "--model", "random", "--test", "pens", "--out", tmp_path / "out") == 0
     command = [data, "--model", "popularity", "--test", "mind", "pens", "--out", tmp_path / "out"]
-    assert "pens.json was made with a different model" in error_of(capsys, *command)
+    assert "out/pens was made with a different model" in error_of(capsys, *command)
     assert not Path(tmp_path, "out", "mind.json").exists()
 
 
