@@ -147,6 +147,21 @@ def load_prompt(path=None):
     return prompt
 
 
+def with_texts(user, items):
+    """The user with item texts, cut to TEXT_LIMIT characters, in place of item ids: what a Scorer reads."""
+    history = [items[item][:TEXT_LIMIT] for item in user["history"]]
+    candidates = [items[item][:TEXT_LIMIT] for item in user["candidates"]]
+    return {**user, "history": history, "candidates": candidates}
+
+
+def count_long_texts(users, items):
+    """How many of the items of users have a text that with_texts cuts."""
+    used = set()
+    for user in users:
+        used.update(user["history"], user["candidates"])
+    return sum(len(items[item]) > TEXT_LIMIT for item in used)
+
+
 def fill(template, **values):
     """The template with each {name} replaced by its value, in one pass: braces inside a value stay as they are."""
     pieces = re.split(r"\{(\w+)\}", template)  # text, name, text, name, ..., text
@@ -180,8 +195,10 @@ def render_chat(tokenizer, text, word):
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
         before = rendered[:rendered.rindex(word)]
-    except Exception as error:  # there is no template, it is broken, or it leaves the assistant's answer out
+    except Exception as error:  # there is no template, or it is broken
         raise UserError(f"--chat-template: {str(error)[:300]}") from None
+    if text.strip() not in before:  # the last such word is not the answer
+        raise UserError("--chat-template: the template changes the prompt or leaves the assistant's answer out")
     if before.endswith(" "):
         return before.rstrip(" "), " " + word
     return before, word
@@ -232,14 +249,17 @@ def answer_tokens(tokenizer, prompt, chat_template=False):
 
 
 class Scorer(NamedTuple):
-    """A model, ready to score. A user, here and below, is {"user": name, "history": texts, "candidates": texts}."""
+    """A model, ready to score. A user, here and below, is {"user": name, "history": texts, "candidates": texts}.
+
+    Layout, which find_layout chooses by what the model allows: "packed", a user's prompts share a row; "padded", a row
+    per text, the short ones of a batch padded; "equal", a row per text, in batches of texts of one length.
+    """
     name: str  # hub id or folder
     model: torch.nn.Module
     tokenizer: object
     type: str  # "prompt" or "embed"
     family: str  # "causal", "masked" or "seq2seq": see FAMILIES
-    layout: str  # "packed": a user's prompts share a row; "padded": a row per text, short ones are padded; "equal": a
-    #              row per text, a batch holds texts of one length. What the model bears: see find_layout
+    layout: str  # "packed", "padded" or "equal"
     prompt: dict  # the wording: see PROMPT
     chat_template: bool
     pooling: str  # "last", "mean" or "cls"
@@ -277,9 +297,10 @@ def encode(scorer, texts):
         return []
     ids = scorer.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
     eos = scorer.tokenizer.eos_token_id
+    goes_on = scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
     for i, row in enumerate(ids):
-        if scorer.type == "prompt" and scorer.family == "causal" and special_tokens and len(row) > 1 and row[-1] == eos:
-            ids[i] = row[:-1]  # the answer comes next, so the text has not ended
+        if goes_on and special_tokens and len(row) > 1 and row[-1] == eos:
+            ids[i] = row[:-1]
         if not row:
             ids[i] = [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
     return ids
@@ -335,6 +356,11 @@ def row_length(row):
     return len(row.prefix) + sum(map(len, row.suffixes))
 
 
+def single_rows(texts, first_index=0):
+    """A row per text (token ids)."""
+    return [Row([], [text], [first_index + i]) for i, text in enumerate(texts)]
+
+
 def indices_of(rows):
     """The indices of the scores that the rows give, in the order of their suffixes."""
     indices = []
@@ -350,7 +376,7 @@ def rows_of(scorer, per_user):
         if scorer.layout == "packed":
             rows += pack(prompts, index, scorer.max_tokens)
         else:
-            rows += [Row([], [prompt], [index + i]) for i, prompt in enumerate(prompts)]
+            rows += single_rows(prompts, index)
         index += len(prompts)
     return rows
 
@@ -419,7 +445,7 @@ def packed_mask(segments):
 
 
 def model_inputs(scorer, rows):
-    """What a model is given, and where a decoder-only one answers: (row, column) of the last token of each suffix."""
+    """What a model is given, and (row, column) of the last token of each suffix, where decoder-only models answer."""
     device, dtype = scorer.model.device, scorer.model.dtype
     ids, positions, segments, answers = lay_out(rows, scorer.pad)
     segments = torch.tensor(segments, device=device)
@@ -509,14 +535,13 @@ def embed_batch(scorer, ids):
 
     Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
-    rows = [Row([], [text], [i]) for i, text in enumerate(ids)]
-    inputs, answers = model_inputs(scorer, rows)
+    inputs, last = model_inputs(scorer, single_rows(ids))
     states = scorer.model(**inputs).last_hidden_state  # (texts, length, width)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if scorer.pooling == "cls":
         pooled = states[:, 0]
     elif scorer.pooling == "last":
-        pooled = states[answers[:, 0], answers[:, 1]]
+        pooled = states[last[:, 0], last[:, 1]]
     else:
         mask = inputs["attention_mask"][:, :, None]
         pooled = (states * mask).sum(1) / mask.sum(1)
@@ -572,6 +597,13 @@ def score_embeddings(scorer, users, known):
     tokens = sum(map(len, ids))
     return scores, {"tokens_scored": tokens, "tokens_unpacked": tokens, "dropped": dropped}
 
+
+def scores_of(scorer, users, known):
+    """Scores of users by the scorer's type: as score_prompts or, with known, score_embeddings."""
+    if scorer.type == "embed":
+        return score_embeddings(scorer, users, known)
+    return score_prompts(scorer, users)
+
 # ------------------------------------------------------------------------------------------------- loading models
 
 MODELS = {  # short names; any hub id or local folder works too
@@ -586,6 +618,9 @@ MODELS = {  # short names; any hub id or local folder works too
     "recgpt-7b": "vinai/RecGPT-7B", "e5-base": "intfloat/e5-base-v2", "e5-large": "intfloat/e5-large-v2",
     "sentence-bert": "efederici/sentence-bert-base", "sentence-t5": "sentence-transformers/sentence-t5-base",
 }
+
+
+SENTENCE_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # in this order; a cosine needs no Normalize
 
 
 def model_name(model):
@@ -638,8 +673,6 @@ def load_pretrained(args, name):
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     prompt = load_prompt(args.prompt)
     device, dtype = placement(args)
-    if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats(device)
     remote = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
@@ -655,11 +688,12 @@ def load_pretrained(args, name):
         raise UserError(f"the configuration of {name} names no decoder_start_token_id, where the answer is read")
     model.config.use_cache = False
     model.to(device).eval()
-    pooling, dense = FAMILIES[family].pooling, None
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats(device)
+    pooling, dense = args.pooling, None
     if args.type == "embed":
-        pooling, dense = sentence_modules(name, pooling, device)
-    if args.pooling != "auto":
-        pooling = args.pooling
+        pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
+        dense = dense and dense.to(device)
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
     return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense,
@@ -720,27 +754,27 @@ def max_positions(model, tokenizer):
     return min(positions, tokenizer.model_max_length)
 
 
-def sentence_modules(name, pooling, device):
-    """(pooling, dense layer or None) that the model's own sentence-transformers files name, else the given pooling.
+def sentence_modules(name, pooling, default):
+    """(pooling, dense layer or None): with --pooling auto as the model's own sentence-transformers files say.
 
     Raises UserError where they name something that is not supported here.
     """
-    modules = read_model_file(name, "modules.json")
-    if modules is None:
+    paths = {}
+    kinds = []
+    for module in read_model_file(name, "modules.json") or []:
+        kinds.append(module["type"].rsplit(".", 1)[-1])
+        paths[kinds[-1]] = module["path"]
+    if kinds != [kind for kind in SENTENCE_MODULES if kind in kinds]:
+        raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
+    if pooling == "auto" and "Pooling" in paths:
+        pooling = pooling_of(name, read_model_file(name, f"{paths['Pooling']}/config.json") or {})
+        say(f"{name}: pooling {pooling}, by its sentence-transformers files")
+    if pooling == "auto":
+        pooling = default
+    if "Dense" not in paths:
         return pooling, None
-    dense = None
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
-        settings = read_model_file(name, f"{module['path']}/config.json") or {}
-        if kind == "Pooling":
-            pooling = pooling_of(name, settings)
-        elif kind == "Dense":
-            dense = load_dense(name, module["path"], settings).to(device)
-        elif kind not in ("Transformer", "Normalize"):  # Normalize: a cosine has no length
-            raise UserError(f"model {name} embeds through a {kind} module, which is not supported")
-    layer = " and a dense layer" if dense else ""
-    say(f"{name}: pooling {pooling}{layer}, by its sentence-transformers files")
-    return pooling, dense
+    settings = read_model_file(name, f"{paths['Dense']}/config.json") or {}
+    return pooling, load_dense(name, paths["Dense"], settings)
 
 
 def pooling_of(name, settings):
@@ -788,8 +822,8 @@ def cut_head(scorer):
     """
     model = scorer.model
     answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
-    row = Row([], [made_up_prompt(scorer, 8, 0)], [0])
-    inputs, position = FAMILIES[scorer.family].inputs(scorer, [row])
+    rows = single_rows([made_up_prompt(scorer, 8, 0)])
+    inputs, position = FAMILIES[scorer.family].inputs(scorer, rows)
     column = position[0, 1]
     with torch.inference_mode():
         expected = model(**inputs).logits[0, column, answers].double()
@@ -818,7 +852,7 @@ def replace_head(model, answers):
         two.bias.data = head.bias.data[answers].to(dtype)
     two.register_forward_pre_hook(cast_input)
     two.requires_grad_(False)
-    for module in model.modules():  # not set_output_embeddings: T5Gemma's changes the input embeddings, too
+    for module in model.modules():  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
         for child_name, child in module.named_children():
             if child is head:
                 setattr(module, child_name, two)
@@ -835,16 +869,25 @@ def cast_input(module, inputs):
 
 
 def tolerance(dtype, values):
-    """By how much scores of about these values may differ through rounding."""
+    """By how much scores of about these values may differ through rounding.
+
+    In bfloat16 rounding has been seen to move scores by 0.15 where a wrong position moved them by 0.9 to 3; a fault
+    smaller than that passes.
+    """
     share = 0.15 if dtype in (torch.float16, torch.bfloat16) else 1e-4
     return share * (1 + float(values.abs().max()))
 
 
 def made_up_prompt(scorer, length, seed):
-    """Token ids of a prompt of this length, drawn from the ordinary vocabulary; a masked model's ends in its mask."""
+    """Token ids of a prompt of this length, from all but the special tokens; a masked model's ends in its mask."""
     rng = np.random.default_rng(seed)
-    vocabulary = sorted(set(scorer.tokenizer.get_vocab().values()) - set(scorer.tokenizer.all_special_ids))
-    ids = rng.choice(vocabulary, length).tolist()
+    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
+    special = set(scorer.tokenizer.all_special_ids)
+    ids = []
+    while len(ids) < length:
+        token = int(rng.integers(embeddings))
+        if token not in special:
+            ids.append(token)
     if scorer.family == "masked" and scorer.type == "prompt":
         ids[-1] = scorer.tokenizer.mask_token_id
     return ids
@@ -892,7 +935,7 @@ def packing_fault(scorer):
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
     some = [0, len(prompts) - 1]  # beside the prefix and far from it
-    separate = score_in_batches(scorer, [Row([], [prompts[i]], [n]) for n, i in enumerate(some)])
+    separate = score_in_batches(scorer, single_rows([prompts[i] for i in some]))
     difference = np.abs(scores[some] - separate).max()
     if difference > tolerance(scorer.model.dtype, torch.tensor(separate)):
         return f"packed and separate scores differ by {difference:.2g} (attention depends on the position in the row)"
@@ -905,7 +948,7 @@ def long_row(scorer):
     As in real rows, suffixes are short and, since the prefix is long, some stand far from it. The first is one token.
     """
     prefix = made_up_prompt(scorer, max(1, scorer.limit // 2), 0)
-    lengths = [1, 4, 16, 64]
+    lengths = [1, 4, 16, 64]  # of titles, and one longer
     prompts, size = [], len(prefix)
     while size < scorer.max_tokens or len(prompts) < 2:
         length = min(lengths[len(prompts) % 4], max(1, scorer.limit - len(prefix)))
@@ -917,9 +960,9 @@ def long_row(scorer):
 def padding_changes(scorer):
     """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
     long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
-    lengths = [len(long) // 2, len(long) // 16, 3]
+    lengths = [len(long) // 2, len(long) // 16, 3]  # little padding, much, and a text of a word or two
     if scorer.type == "embed":
-        lengths.reverse()  # titles are short, and some models (Funnel) cannot run so short a text at all
+        lengths.reverse()  # such texts are titles, which some models (Funnel) cannot run: that shows first
     for length in lengths:
         short = made_up_prompt(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
@@ -941,7 +984,7 @@ def scores_or_embeddings(scorer, texts):
     with torch.inference_mode():
         if scorer.type == "embed":
             return torch.nn.functional.normalize(embed_batch(scorer, texts))
-        return score_rows(scorer, [Row([], [text], [i]) for i, text in enumerate(texts)])
+        return score_rows(scorer, single_rows(texts))
 
 
 def load_adapter(scorer, folder, trainable=False):
@@ -1173,8 +1216,8 @@ def weighted_auc(user, label, start, times):
     return positives @ (below + negatives / 2) / pairs
 
 
-def interval(draws, level=0.95):
-    """[low, high]: the percentile interval of bootstrap draws (draws,), NaN left out; None where no draw is defined.
+def interval(draws):
+    """[low, high]: the 95% percentile interval of bootstrap draws (draws,) without NaN; None where all are NaN.
 
     Of the difference of two models' draws it is the paired test: they differ where it excludes 0. It covers the choice
     of users, not the luck of a training run.
@@ -1182,7 +1225,7 @@ def interval(draws, level=0.95):
     draws = draws[~np.isnan(draws)]
     if not len(draws):
         return None
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist()
+    return np.quantile(draws, [0.025, 0.975]).tolist()
 
 
 def evaluate_users(users, draws=1000, seed=0):
@@ -1205,7 +1248,7 @@ def evaluate_users(users, draws=1000, seed=0):
 
 # ------------------------------------------------------------------------------------------------- files and flags
 
-# Nothing below changes a score or a metric: a reader of the method may stop here.
+# Files, checks and flags. Of these the method needs `digest` alone, by which every random choice is made.
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
@@ -1304,6 +1347,7 @@ def data_sha256(data, name):
     for part in ("items", *SPLITS):
         path = Path(data, name, f"{part}.jsonl")
         if path.exists():
+            content.update(f"{part} {path.stat().st_size}\n".encode())  # where one file ends and the next begins
             content.update(path.read_bytes())
     return content.hexdigest()
 
@@ -1366,25 +1410,10 @@ def user_fault(user, items):
     return None
 
 
-def with_texts(user, items):
-    """The user with item texts, cut to TEXT_LIMIT characters, in place of item ids: what a Scorer reads."""
-    history = [items[item][:TEXT_LIMIT] for item in user["history"]]
-    candidates = [items[item][:TEXT_LIMIT] for item in user["candidates"]]
-    return {**user, "history": history, "candidates": candidates}
-
-
-def count_long_texts(users, items):
-    """How many of the items of users have a text that with_texts cuts."""
-    used = set()
-    for user in users:
-        used.update(user["history"], user["candidates"])
-    return sum(len(items[item]) > TEXT_LIMIT for item in used)
-
-
-def folder_sha256(folder):
+def folder_sha256(folder, pattern="**/*"):
     """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples."""
     content = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(Path(folder).glob(pattern)):
         if path.is_file() and "__pycache__" not in path.parts:
             size = path.stat().st_size
             content.update(f"{path.relative_to(folder)} {size}\n".encode())
@@ -1393,6 +1422,11 @@ def folder_sha256(folder):
                     file.seek(size * part // 64)
                     content.update(file.read(2**14))
     return content.hexdigest()
+
+
+def adapter_identity(run):
+    """What identifies the adapter of a finetune.py run in a job; None without one."""
+    return folder_sha256(run, "adapter_*") if run else None
 
 
 def model_identity(model):

@@ -97,8 +97,9 @@ def check_tests(args):
 
 def say_warnings(args, run, names):
     """Say why the results of an adapter are weaker evidence than they look."""
+    now = {**vars(args), "prompt": common.load_prompt(args.prompt)}
     for key in ("prompt", "chat_template", "pooling", "max_length"):
-        if run and run["arguments"][key] != getattr(args, key):
+        if run and run["job"][key] != now[key]:
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
     for name in names:
         if name in run.get("valid_chain", []) and name not in run["train_chain"]:
@@ -118,15 +119,20 @@ def job_of(args, name):
     keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "history", "seed")
     job = {key: getattr(args, key) for key in keys}
     job["prompt"] = common.load_prompt(args.prompt)
-    job["dtype"] = common.placement(args)[1]
-    job["model"] = args.model if args.model in BASELINES else common.model_identity(args.model)
-    job["adapter"] = common.folder_sha256(args.adapter) if args.adapter else None
+    job["adapter"] = common.adapter_identity(args.adapter)
+    if args.model in BASELINES:
+        job["model"], job["dtype"] = args.model, None
+    else:
+        job["model"], job["dtype"] = common.model_identity(args.model), common.placement(args)[1]
     job["data_sha256"] = common.data_sha256(args.data, name)
     return job
 
 
 def state_of(args, name, job):
-    """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
+    """"start", "continue" or "finished", by what stands in --out: see common.job_state.
+
+    Nothing, or a result without its scores: start. Scores without a result, of a killed run: continue. Both: finished.
+    """
     result, scores = result_path(args.out, name), scores_path(args.out, name)
     found = None
     if result.exists():
@@ -172,20 +178,19 @@ def score_users(args, name, users, items, scorer, job, state):
     A run that was killed goes on after its last whole line; what it takes is then counted for the users after that.
     """
     path = scores_path(args.out, name)
-    done = cut_torn_line(path) - 1 if state == "continue" else 0
-    chunk = 256 if scorer is None else max(1, scorer.max_tokens // 256)  # users: some seconds at most are lost
+    done = whole_lines(path) - 1 if state == "continue" else 0  # the first line is the job
+    # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
+    chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
     chosen_by = read_choices(args, name) if args.model in BASELINES else None
     known = {}  # embeddings of items
     cost = {"samples": 0, "tokens_scored": 0, "tokens_unpacked": 0}
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
     for start in range(done, len(users), chunk):
         batch = [with_history(args, users, i) for i in range(start, min(start + chunk, len(users)))]
-        if scorer is None:
+        if args.model in BASELINES:
             scores, took = baseline_scores(args, name, batch, chosen_by), {}
-        elif args.type == "embed":
-            scores, took = common.score_embeddings(scorer, [common.with_texts(user, items) for user in batch], known)
         else:
-            scores, took = common.score_prompts(scorer, [common.with_texts(user, items) for user in batch])
+            scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in batch], known)
         lines = score_lines(name, batch, scores, took)
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
@@ -201,8 +206,8 @@ def score_users(args, name, users, items, scorer, job, state):
     return cost
 
 
-def cut_torn_line(path):
-    """The number of whole lines of a file; a torn last line is cut off."""
+def whole_lines(path):
+    """The number of whole lines of a file. A last line that a kill has torn is cut off."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     os.truncate(path, whole)
@@ -286,9 +291,9 @@ def read_scores(path, users):
 
 
 def read_choices(args, name):
-    """{item: names of the users who chose it}: as a positive or in a history of the training split.
+    """{item: names of the users who chose it}, as a positive or in their history, in the training split.
 
-    Without one, or to score that split itself, by the histories of the scored split.
+    Where there is no training split, or where it is the one to score, the histories alone of the scored split count.
     """
     other_split = args.split != "train" and Path(args.data, name, "train.jsonl").exists()
     users, _ = common.read_users(args.data, name, "train" if other_split else args.split)

@@ -76,12 +76,12 @@ def main(argv=None):
     if earlier:
         take_shape(args)
     job = job_of(args)
-    answer, state = saved_state(args, job)
-    if answer == "finished":
+    status, state = saved_state(args, job)
+    if status == "finished":
         say(f"{args.out} is finished already; --overwrite runs it again")
         return
 
-    torch.manual_seed(args.seed)  # LoRA's first weights: the same in every process
+    torch.manual_seed(args.seed)  # for LoRA's first weights: loading draws, too, but the same in every process
     scorer = add_lora(args, common.load_scorer(args))
     train, truncated = read_train(args, scorer)
     valid = read_valid(args)
@@ -118,8 +118,10 @@ def fine_tune(args, scorer, train, valid, state, job):
     last_step = steps_per_epoch * args.epochs
     eval_every = args.eval_every or steps_per_epoch
     if state is None:
-        state = {"steps": 0, "samples": 0, "seconds": 0.0, "curve": [], "log": [],
-                 "best": None, "best_parameters": None, "evaluations_since_best": 0}
+        state = {"steps": 0, "samples": 0, "seconds": 0.0,  # done so far
+                 "curve": [],  # evaluations: step, metric by dataset, their mean
+                 "log": [],  # the lines of log.jsonl: of every step and evaluation
+                 "best": None, "best_parameters": None, "evaluations_since_best": 0}  # for early stopping
         record(args, state, parameters, validate(args, scorer, valid), {})  # the base model: an adapter must beat it
         save_state(args, state, parameters, optimizer, job)
     else:
@@ -191,16 +193,20 @@ def train_step(scorer, optimizer, train, batch):
     losses = embed_losses if scorer.type == "embed" else prompt_losses
     scorer.model.train()
     optimizer.zero_grad()
-    total = torch.zeros(2, dtype=torch.float64, device=scorer.model.device)  # loss, tokens
+    mean_loss, total_tokens = 0.0, 0
     for loss, tokens in losses(scorer, train, share):  # of each part that fits into memory
         if not loss.requires_grad:
             raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
-        (loss / len(batch)).backward()
-        total += torch.tensor([loss.item() / len(batch), tokens])
+        loss = loss / len(batch)
+        loss.backward()
+        mean_loss += loss.item()
+        total_tokens += tokens
     if world > 1:
+        total = torch.tensor([mean_loss, total_tokens], dtype=torch.float64, device=scorer.model.device)
         add_up(optimizer.param_groups[0]["params"], total)
+        mean_loss, total_tokens = total.tolist()
     optimizer.step()
-    return total.tolist()
+    return mean_loss, total_tokens
 
 
 def prompt_losses(scorer, train, samples):
@@ -214,7 +220,8 @@ def prompt_losses(scorer, train, samples):
         per_user.setdefault(user, []).append(texts[candidate])
         labels.setdefault(user, []).append(user_labels[candidate])
     rows = common.rows_of(scorer, list(per_user.values()))
-    labels = torch.tensor(sum(labels.values(), []), dtype=torch.float64, device=scorer.model.device)
+    labels = sum(labels.values(), [])  # in the order in which rows_of numbers the prompts
+    labels = torch.tensor(labels, dtype=torch.float64, device=scorer.model.device)
     for part in common.fill_batches(scorer, list(map(common.row_length, rows))):
         part = [rows[i] for i in part]
         scores = common.score_rows(scorer, part)
@@ -254,10 +261,7 @@ def validate(args, scorer, valid):
         scored, known = [], {}
         for start in tqdm(range(0, len(share), 64), desc=f"validating on {name}", leave=False, disable=rank > 0):
             batch = share[start:start + 64]
-            if args.type == "embed":
-                scores, _ = common.score_embeddings(scorer, batch, known)
-            else:
-                scores, _ = common.score_prompts(scorer, batch)
+            scores, _ = common.scores_of(scorer, batch, known)
             for user, values in zip(batch, scores):
                 scored.append((values, np.array(user["labels"])))
         everyone = []
@@ -391,7 +395,7 @@ def job_of(args):
     job["prompt"] = common.load_prompt(args.prompt)
     job["dtype"] = common.placement(args)[1]
     job["model"] = common.model_identity(args.model)
-    job["init_adapter"] = common.folder_sha256(args.init_adapter) if args.init_adapter else None
+    job["init_adapter"] = common.adapter_identity(args.init_adapter)
     job["data_sha256"] = {}
     for name in sorted({*args.train, *args.valid}):
         job["data_sha256"][name] = common.data_sha256(args.data, name)
@@ -414,8 +418,8 @@ def saved_state(args, job):
         found = common.read_job(run_path)
     elif Path(args.out, ADAPTER_FILES[0]).exists():
         found = {}  # somebody else's adapter
-    answer = common.job_state(args.out, job, found, state is None, args.overwrite)
-    return answer, state
+    status = common.job_state(args.out, job, found, state is None, args.overwrite)
+    return status, state
 
 
 def save_state(args, state, parameters, optimizer, job):

@@ -662,7 +662,7 @@ def impressions(latest, past, texts, job, key, dropped):
 def in_time_order(latest, job, key):
     """(history, positives): the items that a user liked, the last held out. Ties in time are in the order of hashes."""
     liked = by_hash(with_label(latest, 1), key)
-    liked.sort(key=latest.get)  # by (time, 1); a stable sort
+    liked.sort(key=latest.get)  # by (time, label), and the label is 1; a stable sort
     return liked[:-job["positives"]], liked[-job["positives"]:]
 
 
@@ -838,7 +838,8 @@ def begin(folder, job, overwrite):
 
     Raises UserError where another job made it, or somebody else.
     """
-    if common.job_state(folder, job, found_job(folder), True, overwrite) == "finished":
+    state = common.job_state(folder, job, found_job(folder), finished=True, overwrite=overwrite)
+    if state == "finished":
         print(f"{folder} is already prepared with these arguments")
         return None
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
@@ -869,20 +870,20 @@ def write_dataset(folder, texts, splits, job, report):
     splits = {split: users for split, users in splits.items() if users}
     items = items_of(user for users in splits.values() for user in users)
     tables = {"items": [{"id": item, "text": texts[item]} for item in items], **splits}
-    sha256, counts = hashlib.sha256(), {}
+    counts = {}
     for table, rows in tables.items():
         with open(folder / f"{table}.jsonl", "wb") as file:
             for line in rows:  # half surrogate pairs in ids become JSON escapes again
-                line = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-                sha256.update(line)
-                file.write(line)
+                line = json.dumps(line, ensure_ascii=False) + "\n"
+                file.write(line.encode("utf-8", "backslashreplace"))
     for split, users in splits.items():
         counts[split] = {"users": len(users), "items": len(items_of(users)), "samples": count_samples(users),
                          "positives": sum(sum(user["labels"]) for user in users)}
         print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
     common.write_json(folder / "meta.json", {
         "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind, "seed": job["seed"],
-        "job": job, **report, "items": len(items), "sha256": sha256.hexdigest(), "splits": counts,
+        "job": job, **report, "items": len(items), "sha256": common.data_sha256(folder.parent, folder.name),
+        "splits": counts,
         "files": [*(f"{table}.jsonl" for table in tables), "meta.json"]})
 
 
@@ -1201,8 +1202,8 @@ def arguments(argv):
         if name not in SOURCES and name != "demo":
             raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
     sizes = (args.test_size, args.train_size, args.positives, args.negatives)
-    if args.from_recbench and sizes != (None,) * 4:
-        raise UserError("--from-recbench keeps the authors' samples: no sizes, --positives or --negatives with it")
+    if sizes != (None,) * 4 and (args.from_recbench or "demo" in args.names):
+        raise UserError("the demo's and --from-recbench's samples are fixed: no sizes, --positives or --negatives")
     return args
 
 

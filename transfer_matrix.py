@@ -158,21 +158,23 @@ def run_missing(args, missing):
 
 # ------------------------------------------------------------------------------------------------------------- analysis
 
-# An estimate is {"value": number, "ci": [low, high]}. A sample is an array (1 + DRAWS,): a value, then its bootstrap
-# draws. Of one target they are paired, since the same users are drawn for every source, and may be subtracted.
+# An estimate is {"value": number, "ci": [low, high]}. The draws of a value are an array (1 + DRAWS,): the value itself,
+# then its bootstrap draws. Of one target they are paired, since the same users are drawn for every source, and may be
+# subtracted.
 
 
-def estimate(sample):
-    """The estimate that a sample gives, None where it is undefined."""
-    if np.isnan(sample[0]):
+def estimate(draws):
+    """The estimate that draws (1 + DRAWS,) give, None where it is undefined."""
+    if np.isnan(draws[0]):
         return None
-    return {"value": float(sample[0]), "ci": common.interval(sample[1:])}
+    return {"value": float(draws[0]), "ci": common.interval(draws[1:])}
 
 
 def analyse(args, failed):
     """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py; failed cells are empty."""
-    cells, samples, runs = [], {}, {}  # samples: {(source, target): sample}, where the metric is defined
-    domains = common.domains_of({target: common.read_meta(args.data, target) for target in args.targets})
+    cells, draws, runs = [], {}, {}  # draws: {(source, target): array}, where the metric is defined
+    names = {*args.targets, *"+".join(args.sources).split("+")}
+    domains = common.domains_of({name: common.read_meta(args.data, name) for name in sorted(names)})
     for source in [ZERO, *args.sources]:
         train = [] if source == ZERO else source.split("+")
         if source != ZERO and (source, None) not in failed:
@@ -185,13 +187,13 @@ def analyse(args, failed):
             cells.append(cell)
             if (source, target) in failed:
                 continue
-            result, sample = read_result(args, source, target)
+            result, cell_draws = read_result(args, source, target)
             cell.update(result)
-            if sample is None:
+            if cell_draws is None:
                 continue
-            samples[source, target] = sample
-            if source != ZERO and (ZERO, target) in samples:
-                cell["gain"] = estimate(sample - samples[ZERO, target])
+            draws[source, target] = cell_draws
+            if source != ZERO and (ZERO, target) in draws:
+                cell["gain"] = estimate(cell_draws - draws[ZERO, target])
                 cell["mark"] = mark(cell["gain"])
     try:
         similar = similarity(args, cells)
@@ -200,23 +202,24 @@ def analyse(args, failed):
         similar = {"pairs": 0, "rank_correlation": None}
     return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "k": args.k,
             "targets": args.targets, "domains": domains, "cells": cells, "runs": runs, "failed": failed,
-            "rra": rank_averages(args, samples), "joint_gain": joint_gain(cells, samples),
-            "similarity": similar}
+            "rra": rank_averages(args, draws), "joint_gain": joint_gain(cells, draws),
+            "similarity": similar, "arguments": vars(args)}
 
 
 def read_result(args, source, target):
-    """(what a cell takes from evaluate.py's result, its sample or None where the metric is undefined)."""
+    """(what a cell takes from evaluate.py's result, its draws or None where the metric is undefined)."""
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
-    kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256")}
+    kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256", "split")}
+    kept["history"] = result["job"]["history"]
     kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
     if kept["value"] is None:
         return kept, None
     users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
     scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
     seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
-    draws = common.bootstrap(scored, [args.metric], DRAWS, seed)[args.metric]
-    return kept, np.array([kept["value"], *draws])
+    resampled = common.bootstrap(scored, [args.metric], DRAWS, seed)[args.metric]
+    return kept, np.array([kept["value"], *resampled])
 
 
 def mark(gain):
@@ -227,33 +230,33 @@ def mark(gain):
     return "worse" if high < 0 else ""
 
 
-def rank_averages(args, samples):
+def rank_averages(args, draws):
     """RRA@K of the single sources, {source: {K: estimate}}: every draw gives a table, and a table an RRA."""
-    defined = np.isfinite(sum(samples.values()))  # a draw in which a cell is undefined has no ranks
+    defined = np.isfinite(list(draws.values())).all(axis=0)  # a draw in which a cell is undefined has no ranks
     tables = []
     for i in np.flatnonzero(defined):
         table = {}
-        for (source, target), sample in samples.items():
+        for (source, target), cell_draws in draws.items():
             if source != ZERO and "+" not in source:
-                table.setdefault(source, {})[target] = sample[i]
+                table.setdefault(source, {})[target] = cell_draws[i]
         tables.append(table)
     result = {}
     for k in args.k:
         averages = [common.reciprocal_rank_average(table, k) for table in tables]
         for source in averages[0]:
-            sample = np.array([average[source] for average in averages], float)
-            result.setdefault(source, {})[str(k)] = estimate(sample)
+            values = np.array([average[source] for average in averages], float)
+            result.setdefault(source, {})[str(k)] = estimate(values)
     return result
 
 
-def joint_gain(cells, samples):
+def joint_gain(cells, draws):
     """H - G, what a target's own data adds to joint training: {target: estimate}, where there are cells of both."""
-    by_target = {}  # {target: {letter: [sample]}}
+    by_target = {}  # {target: {letter: [draws]}}
     for cell in cells:
         key = cell["source"], cell["target"]
-        if key in samples:
+        if key in draws:
             by_letter = by_target.setdefault(cell["target"], {})
-            by_letter.setdefault(cell["setting"], []).append(samples[key])
+            by_letter.setdefault(cell["setting"], []).append(draws[key])
     result = {}
     for target, by_letter in by_target.items():
         if "G" in by_letter and "H" in by_letter:
@@ -266,7 +269,7 @@ def joint_gain(cells, samples):
 def similarity(args, cells):
     """Does similarity go with transfer? Spearman's correlation with the gain, over single sources and other targets.
 
-    Similarity: the cosine of the mean item embeddings of two datasets under the base model, 500 items each.
+    Similarity: the cosine of the mean item embeddings of two datasets under the base model, 500 random items each.
     """
     scorer, means, similarities, gains = None, {}, [], []
     for cell in cells:
@@ -276,7 +279,9 @@ def similarity(args, cells):
         scorer = scorer or common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
         for name in pair:
             if name not in means:
-                texts = [text[:common.TEXT_LIMIT] for text in common.read_items(args.data, name).values()][:500]
+                items = common.read_items(args.data, name)
+                chosen = sorted(items, key=common.digest)[:500]  # in the order of hashes
+                texts = [items[item][:common.TEXT_LIMIT] for item in chosen]
                 mean = np.mean(common.embed_ids(scorer, common.encode_items(scorer, texts)), axis=0)
                 means[name] = mean / np.linalg.norm(mean)
         cell["similarity"] = float(means[pair[0]] @ means[pair[1]])
@@ -385,7 +390,8 @@ def compare(folders):
         for cell in matrix["cells"]:
             key = (matrix["metric"], cell["setting"], cell["target"], cell["source"])
             if cell["value"] is not None:
-                values[-1][*key, cell["data_sha256"], cell["n_users"]] = cell["value"]
+                users = (cell["data_sha256"], cell["n_users"], cell["split"], cell["history"])
+                values[-1][*key, *users] = cell["value"]
     shared = set(values[0]).intersection(*values)
     if not shared:
         raise UserError("the matrices share no cell: their metrics, sources, targets or test users differ")

@@ -344,10 +344,10 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     network = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]),
                                   peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     network.save_pretrained(tmp_path / "run")
-    arguments = {"prompt": "other.json", "chat_template": False, "pooling": "auto", "max_length": 1024}
+    job = {"model": common.model_identity(folders["llama"]), "prompt": {**common.PROMPT, "join": " "},
+           "chat_template": False, "pooling": "auto", "max_length": 1024}
     record = {"model": folders["llama"], "type": "prompt", "train_chain": ["pens"], "valid_chain": ["mind"],
-              "domains": {"pens": "news"}, "job": {"model": common.model_identity(folders["llama"])},
-              "arguments": arguments}
+              "domains": {"pens": "news"}, "job": job}
     command = [data, "--test", "mind", "--adapter", tmp_path / "run", "--out", tmp_path / "out", "--model"]
     assert "no finished run" in error_of(capsys, *command, folders["llama"])
     Path(tmp_path, "run", "run.json").write_text(json.dumps(record))
@@ -357,6 +357,11 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     captured = capsys.readouterr()
     assert "| mind    | D  " in captured.out
     assert "chose this checkpoint" in captured.err and "another --prompt" in captured.err
+    Path(tmp_path, "prompt.json").write_text('{"join": " "}')  # the wording that the adapter was trained with
+    inside = [*command[:-3], "--prompt", tmp_path / "prompt.json", "--out", tmp_path / "run/results", "--model"]
+    assert run(*inside, folders["llama"]) == 0 and "another --prompt" not in capsys.readouterr().err
+    assert run(*inside, folders["llama"]) == 0  # results inside the run's folder do not make it another adapter
+    assert "finished already" in capsys.readouterr().err
     assert run(data, "--test", "mind", "--model", folders["llama"], "--out", tmp_path / "base") == 0
     assert scores_in(tmp_path / "out") != scores_in(tmp_path / "base")
 

@@ -177,6 +177,15 @@ def step(scorer, train, batch):
     return loss, torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
+def test_a_step_takes_nothing_but_the_loss_from_the_models_device(data, models, monkeypatch):
+    """A model on the device "meta", whose tensors have no values: only item() is answered."""
+    scorer, train = scorer_and_train(data, models["llama"])
+    scorer.model.to("meta")
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 16.0)
+    loss, gradient = step(scorer, train, finetune.epoch_batches(train, 0, 0, 32)[0])
+    assert loss >= 16.0 and gradient.device.type == "meta"
+
+
 @pytest.mark.parametrize("family, kind", [
     ("llama", "prompt"), ("bert", "prompt"), ("llama", "embed"), ("bert", "embed"),
     pytest.param("t5", "prompt", marks=pytest.mark.slow)])
@@ -679,7 +688,7 @@ def test_an_adapter_belongs_to_its_base_model_and_type(data, models, tmp_path, w
     moved = shutil.copytree(models["llama"], tmp_path / "moved")
     assert run(data, moved, tmp_path / "out", *init) == 0  # the same files elsewhere
     other = shutil.copytree(whole[0], tmp_path / "other-init")
-    (other / "log.jsonl").write_text("")
+    (other / "adapter_config.json").write_text((other / "adapter_config.json").read_text() + " ")
     init_other = [tmp_path / "out", *SHORT, "--init-adapter", other]
     assert "made with a different init_adapter:" in error_of(capfd, data, moved, *init_other)
     network = transformers.AutoModelForCausalLM.from_pretrained(moved)

@@ -90,7 +90,8 @@ class Fakes:
             scored.append((scores, labels))
         write_lines(evaluate.scores_path(args.out, target), lines)
         result = {**common.evaluate_users(scored, draws=20), "collapsed": self.skill(source, target) == 0, "job": job,
-                  "n_users": len(users), "n_samples": 8 * len(users), "data_sha256": job["data_sha256"]}
+                  "n_users": len(users), "n_samples": 8 * len(users), "data_sha256": job["data_sha256"],
+                  "split": args.split}
         common.write_json(evaluate.result_path(args.out, target), result)
 
 
@@ -183,6 +184,18 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
     capsys.readouterr()
     assert "made with a different seed" in error("--seed", "1", sources=["shop"], targets=["shop"])
     assert "runs/shop was made with a different lr" in error("--finetune-args=--lr 0.5", sources=["shop"], targets=["shop"])
+
+
+def test_an_own_dataset_whose_training_fails_leaves_its_row_empty(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(tmp_path / "data/news-a", tmp_path / "data/mine")
+    (tmp_path / "data/mine/meta.json").write_text('{"format": 1, "domain": "mine"}')
+    Fakes(monkeypatch).broken = {("mine", None): common.UserError("no")}
+    out = tmp_path / "out"
+    assert run_matrix(str(tmp_path / "data"), out, sources=["mine", "shop"], targets=["shop"]) == 1
+    matrix, cells = read_matrix(out)
+    assert cells["mine"]["shop"]["value"] is None and cells["shop"]["shop"]["value"] > 0.5
+    assert matrix["arguments"]["targets"] == ["shop"]
 
 
 def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeypatch, capsys):
@@ -424,14 +437,15 @@ def test_numbers_can_be_read_on_every_colour():
         assert gain == 0 or (ground[2] > ground[0]) == (gain > 0)  # blue better, orange worse
 
 
-def write_matrix(folder, values, metric="auc", model="m", data_sha256="0"):
+def write_matrix(folder, values, metric="auc", model="m", data_sha256="0", history="own"):
     """A matrix.json with nothing but values, {source: (on news-a, on books-a)}. Returns the folder."""
     cells = []
     for source, row in values.items():
         train = [] if source == "zero-shot" else source.split("+")
         for target, value in zip(("news-a", "books-a"), row):
             cells.append({"source": source, "target": target, "setting": common.setting_of(train, target),
-                          "value": value, "data_sha256": data_sha256, "n_users": 9})
+                          "value": value, "data_sha256": data_sha256, "n_users": 9, "split": "test",
+                          "history": history})
     common.write_json(folder / "matrix.json", {"model": model, "type": "prompt", "metric": metric, "cells": cells})
     return str(folder)
 
@@ -454,6 +468,8 @@ def test_compare_models_by_setting(tmp_path, capsys):
     assert lines[2] == [f"m, prompt ({small})", "0.510", "0.700", "0.500", "0.700"]
     assert lines[3] == [f"large, prompt ({large})", "0.610", "0.800", "0.650", "0.900"]
     code, err, _ = compare(small, write_matrix(tmp_path / "e", {"zero-shot": (0.5, 0.5)}, data_sha256="1"))
+    assert code == 2 and "share no cell" in err
+    code, err, _ = compare(small, write_matrix(tmp_path / "h", {"zero-shot": (0.5, 0.5)}, history="other"))
     assert code == 2 and "share no cell" in err
     code, err, _ = compare(small, write_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr"))
     assert code == 2 and "share no cell: their metrics" in err and err.count("\n") == 1

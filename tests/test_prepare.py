@@ -331,8 +331,16 @@ def test_stopped_half_way_nothing_is_lost(tmp_path, monkeypatch, step):
 
 def test_sha256_is_of_the_files(tmp_path):
     meta = prepared("yelp", tmp_path)[0]
-    files = [tmp_path / "yelp" / f"{table}.jsonl" for table in ("items", "train", "valid", "test")]
-    assert meta["sha256"] == hashlib.sha256(b"".join(p.read_bytes() for p in files if p.exists())).hexdigest()
+    assert meta["sha256"] == common.data_sha256(tmp_path, "yelp")
+    test = tmp_path / "yelp/test.jsonl"
+    whole = test.read_bytes()
+    cut = whole.index(b"\n") + 1
+    (tmp_path / "yelp/valid.jsonl").write_bytes(whole[:cut])  # the same bytes in the same order, but other users
+    test.write_bytes(whole[cut:])
+    moved = common.data_sha256(tmp_path, "yelp")
+    (tmp_path / "yelp/valid.jsonl").unlink()
+    test.write_bytes(whole)
+    assert moved != common.data_sha256(tmp_path, "yelp") == meta["sha256"]
 
 
 @pytest.mark.parametrize("time, text, seconds", [
@@ -401,7 +409,7 @@ def test_bad_file_is_one_line(tmp_path, name, file, change, says):
     (["movie"], "unknown dataset 'movie'"), ([], "name the datasets"), (["movielens", "--seed", "x"], "--seed"),
     (["movielens", "--max-history", "0"], "--max-history"), (["news-a"], "unknown"),
     (["mind", "--raw", "/nowhere"], "msnews"), (["mind", "--from-recbench", "/nowhere"], "kaggle"),
-    (["yelp", "--test-size", "0", "--train-size", "0"], "nothing to write"),
+    (["yelp", "--test-size", "0", "--train-size", "0"], "nothing to write"), (["demo", "--positives", "1"], "fixed"),
 ])
 def test_bad_command_is_one_line(tmp_path, args, says):
     code, _, err = run("--raw", RAW, "--out", tmp_path, *args)

@@ -428,6 +428,16 @@ def test_the_chat_template_itself_says_what_the_answers_are(tmp_path, name):
     assert_same(score(scorer), plain_scores(folder, prompts, words=words))
 
 
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>\n{{ m['content'] }}\n{% endif %}{% endfor %}",
+    TURN + "<|user|>\n{{ m['content'][:40] }}\n{% else %}{{ m['content'] }}{% endif %}{% endfor %}"])
+def test_a_template_that_leaves_the_answer_out_or_cuts_the_prompt_is_refused(tmp_path, template):
+    tokenizer = tiny.byte_level()
+    tokenizer.chat_template = template
+    with pytest.raises(common.UserError, match="changes the prompt or leaves the assistant's answer out"):
+        scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
+
+
 def test_no_chat_template_is_one_line(model):
     with pytest.raises(common.UserError, match="chat-template"):
         scorer_of(model("llama"), "--chat-template")
@@ -569,6 +579,7 @@ def test_pooling_follows_the_models_own_files(tmp_path, capsys, modes, pooling):
     if pooling is None:
         with pytest.raises(common.UserError, match="which is not supported: choose with --pooling"):
             scorer_of(folder, "--type", "embed")
+        assert scorer_of(folder, "--type", "embed", "--pooling", "mean").pooling == "mean"
         return
     scorer = scorer_of(folder, "--type", "embed")
     assert scorer.pooling == pooling and f"pooling {pooling}" in capsys.readouterr().err
@@ -584,6 +595,11 @@ def test_a_dense_layer_after_pooling(tmp_path):
     sentence_transformers_files(tmp_path, {"pooling_mode_mean_tokens": True}, dense)
     want = plain_cosines(folder, USERS[:2], "T5EncoderModel", "mean", dense)
     assert_same(embed_scores(scorer_of(folder, "--type", "embed"), USERS[:2]), want, spread=0.01)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.insert(2, modules[2])  # two dense layers, as in EmbeddingGemma
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(common.UserError, match="Transformer, Pooling, Dense, Dense, Normalize, which is not supported"):
+        scorer_of(folder, "--type", "embed")
 
 
 def test_each_distinct_text_is_encoded_once(model):
