@@ -192,10 +192,13 @@ def goodreads_read(fields):
 
 TAGS = ("a|abbr|b|big|blockquote|body|br|center|code|div|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|label|li|"
         "link|meta|ol|p|pre|q|s|small|span|strike|strong|sub|sup|table|tbody|td|th|thead|title|tr|tt|u|ul")
-MARKUP = re.compile(
-    r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)"
-    rf"""|</?({TAGS})(\s+[\w:.-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+))*\s*/?>"""
-    rf"""|<({TAGS})\s+[\w:.-]+\s*=\s*["'][^<>]*$""", re.I | re.S)  # the last: a tag that is cut off with the title
+ATTRIBUTE = r"""\s+[\w:.-]+\s*=\s*("[^"]*"|'[^']*'|[^\s"'<>]+)"""
+MARKUP = re.compile(rf"""
+    <(script|style)\b.*?(</\1\s*>|$)           # a script, whole
+    | <!--.*?(-->|$)                            # a comment
+    | </?({TAGS})({ATTRIBUTE})*\s*/?>           # a tag
+    | <({TAGS})\s+[\w:.-]+\s*=\s*["'][^<>]*$    # a tag that is cut off with the title
+    """, re.IGNORECASE | re.DOTALL | re.VERBOSE)
 
 
 def amazon_item(fields):
