@@ -245,7 +245,7 @@ def finish(args, name, users, items, scorer, job, cost):
     labels = np.concatenate([labels for _, labels in scored])
     metrics = common.evaluate_users(scored, seed=args.seed)
     interval = metrics["ci"]["group_auc"]
-    collapsed = False
+    collapsed = False  # chance is inside the interval, and the interval is narrow
     if interval is not None:
         low, high = interval
         collapsed = low <= 0.5 <= high and high - low < 0.1
@@ -264,8 +264,8 @@ def finish(args, name, users, items, scorer, job, cost):
         if count:
             say(f"{name}: {count} {what} were cut to fit")
     if collapsed:
-        say(f"{name}: the scores are no better than chance for these users: group AUC {metrics['group_auc']:.3f}, "
-            f"95% interval {low:.3f} to {high:.3f} (chance is 0.5)")
+        say(f"{name}: group AUC {metrics['group_auc']:.3f} cannot be told from chance (0.5): 95% interval {low:.3f} to "
+            f"{high:.3f}")
     return result
 
 

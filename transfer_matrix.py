@@ -351,7 +351,7 @@ def notes(matrix):
                  f"{pairs} pairs of single source and other target: {'undefined' if rho is None else f'{rho:+.2f}'}.")
     for cell in matrix["cells"]:
         if cell["source"] == ZERO and cell.get("collapsed"):
-            lines.append(f"Zero-shot collapse on {cell['target']}: the scores are no better than chance.")
+            lines.append(f"Zero-shot collapse on {cell['target']}: its group AUC cannot be told from chance.")
     for source, run in matrix["runs"].items():
         if run["unstable"]:
             lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")

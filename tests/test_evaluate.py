@@ -154,7 +154,7 @@ def test_collapse_is_said(tmp_path, capsys, monkeypatch, scores, collapsed):
             np.array(user["labels"], float) for user in batch])
     assert len(users) == 700 and run(tmp_path / "data", "--model", "random", "--test", "mind", "--out", tmp_path) == 0
     assert json.loads((tmp_path / "mind.json").read_text())["collapsed"] == collapsed
-    assert ("the scores are no better than chance" in capsys.readouterr().err) == collapsed
+    assert ("cannot be told from chance (0.5)" in capsys.readouterr().err) == collapsed
 
 
 # ---------------------------------------------------------------------------------------------- continuing, overwriting
