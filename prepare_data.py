@@ -415,9 +415,10 @@ def raw_lines(path, latin1):
             for number, line in enumerate(tqdm(file, desc=str(path), unit=" lines", mininterval=0.5), 1):
                 if "\0" in line:
                     raise UserError(f"{path}, line {number}: NUL bytes; the file has to be UTF-8, not UTF-16")
-                line = line.removeprefix("\ufeff")  # a byte order mark where two files were joined
-                if latin1 and NOT_UTF8.search(line):
-                    line = line.encode("utf-8", "surrogateescape").decode("latin-1")
+                if not line.isascii():
+                    line = line.removeprefix("\ufeff")  # a byte order mark where two files were joined
+                    if latin1 and NOT_UTF8.search(line):
+                        line = line.encode("utf-8", "surrogateescape").decode("latin-1")
                 yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); get it again") from None
@@ -467,15 +468,11 @@ def find_columns(path, header, names):
     return [header.index(name) for name in names]
 
 
-def fields_of(table, row, header, columns):
-    """What table.parse takes of a row. Raises ValueError if it does not have the columns of the header."""
-    if table.form == "json":
-        return json_fields(row, table.columns)
-    if table.form != "csv":
-        return row.rstrip("\r\n")
+def csv_fields(row, header, columns):
+    """The fields of a row in these columns of the header; all where columns is None. Raises ValueError if malformed."""
     if len(row) != len(header):
         raise ValueError(f"{len(row)} fields, not {len(header)}")
-    if not table.columns:
+    if columns is None:
         return row
     if row == header:
         raise ValueError("a second header row")
@@ -489,32 +486,37 @@ def read_rows(path, table, counts):
     UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
+    is_csv = table.form == "csv"
     lines = raw_lines(path, table.latin1)
     if table.form == "netflix":
         lines = netflix_rows(lines)
-    rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
     header = columns = None
-    for line, row in rows:
-        text = ",".join(row) if table.form == "csv" else row
+    for line, row in csv_rows(path, lines) if is_csv else enumerate(lines, 1):
+        text = ",".join(row) if is_csv else row
         if not text.strip():
             continue
-        if header is None:
+        if is_csv and header is None:
             header = row
-            if table.form == "csv" and table.columns:
+            if table.columns:
                 columns = find_columns(path, header, table.columns)
                 continue
         if table.header and line == 1 and not re.search(r"\d", text):
             continue
+        count["rows"] += 1
         try:
             if not text.isascii() and NOT_UTF8.search(text):
                 raise ValueError(f"not UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
-            parsed = table.parse(fields_of(table, row, header, columns))
+            if is_csv:
+                fields = csv_fields(row, header, columns)
+            elif table.form == "json":
+                fields = json_fields(row, table.columns)
+            else:
+                fields = row.rstrip("\r\n")
+            parsed = table.parse(fields)
         except MALFORMED as error:
             note_malformed(count, text, line, error)
             continue
-        count["rows"] += 1
         yield parsed
-    count["rows"] += count["malformed"]
     check_malformed(path, count)
 
 
