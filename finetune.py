@@ -243,9 +243,12 @@ def embed_losses(scorer, train, samples):
         part = [samples[i] for i in part]
         users = list(dict.fromkeys(user for user, _ in part))
         histories = [train[user][0][0] for user in users]
-        items = [train[user][0][candidate + 1] for user, candidate in part]
-        labels = [train[user][1][candidate] for user, candidate in part]
-        of_user = [users.index(user) for user, _ in part]
+        items, labels, of_user = [], [], []
+        for user, candidate in part:
+            texts, user_labels = train[user]
+            items.append(texts[candidate + 1])
+            labels.append(user_labels[candidate])
+            of_user.append(users.index(user))
         cosines = cosine_similarity(common.embed(scorer, histories)[of_user], common.embed(scorer, items))
         loss = (cosines - cosines.new_tensor(labels)).square().sum()
         yield loss, sum(map(len, histories + items))
