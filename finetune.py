@@ -438,8 +438,14 @@ def save_state(args, state, parameters, optimizer, job):
         raise UserError(f"{path} cannot be written: {error}") from None
     os.replace(f"{path}.tmp", path)
     Path(args.out, "run.json").unlink(missing_ok=True)  # of an earlier run: only now is there something in its place
-    lines = [json.dumps(line) + "\n" for line in state["log"]]
-    common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
+    write_log(args, state)
+
+
+def write_log(args, state):
+    """Write log.jsonl from the state."""
+    if processes()[0] == 0:
+        lines = [json.dumps(line) + "\n" for line in state["log"]]
+        common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
 
 
 def restore(args, state, parameters, optimizer):
@@ -448,6 +454,7 @@ def restore(args, state, parameters, optimizer):
         for parameter, saved in zip(parameters, state["parameters"]):
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
+    write_log(args, state)  # the kill may have come between the two files
     say(f"continuing {args.out} after step {state['steps']}")
 
 

@@ -395,7 +395,7 @@ def test_killed_between_the_steps_of_its_end_a_run_ends_with_the_same_bits(data,
             assert "no finished run" in error_of(capfd, data, models["llama"], *init)
         assert run(data, models["llama"], out, *DROPOUT) == 0
         assert_same_run(out, whole[0])
-    assert number == 6  # two files of the adapter, their folder, run.json, state.pt; then nothing to die at
+    assert number == 7  # log.jsonl, two files of the adapter, their folder, run.json, state.pt; then nothing to die at
 
 
 def start(processes, *argv):
@@ -445,6 +445,16 @@ def kill_and_continue(processes, kills, whole, data, model, out):
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(data, models, tmp_path, whole, kills):
     kill_and_continue(1, kills, whole, data, models["llama"], tmp_path / "out")
+
+
+def test_a_kill_between_the_last_state_and_its_log_loses_no_line(data, models, tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # when all is trained
+        die_at_call(patch, 1, [(finetune, "save_run")])
+        run(data, models["llama"], tmp_path / "out", *DROPOUT)
+    log = tmp_path / "out/log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-3]))
+    assert run(data, models["llama"], tmp_path / "out", *DROPOUT) == 0
+    assert_same_run(tmp_path / "out", whole[0])
 
 
 def test_ctrl_c_ends_with_exit_code_130_and_the_run_continues(data, models, tmp_path):
@@ -626,7 +636,7 @@ def test_early_stopping_looks_at_the_mean_and_the_best_adapter_is_kept(data, mod
 def test_an_adapter_that_never_beats_the_base_model_is_said_so_and_changes_no_score(data, models, tmp_path, capsys):
     """The curve starts with the base model, as evaluate.py scores it; with such a rate nothing ever changes."""
     assert run(data, models["llama"], tmp_path / "run", "--train", "pens", "--lr", 1e-15) == 0
-    assert "no evaluation was better than that before the first step" in capsys.readouterr().out
+    assert "no evaluation beat the one before the first step" in capsys.readouterr().out
     result = read_json(tmp_path / "run/run.json")
     assert (result["beats_base"], result["best"]["step"], result["steps"]) == (False, 0, 6)  # patience 2
     base, base_scores = evaluated(data, models["llama"], tmp_path / "zero")
@@ -637,7 +647,7 @@ def test_an_adapter_that_never_beats_the_base_model_is_said_so_and_changes_no_sc
 def test_the_best_value_is_that_of_the_adapter_and_other_validation_sets_are_said(data, models, tmp_path, capsys):
     command = ["--train", "mind", *LEARNING, "--valid", "pens", "--valid-metric", "ndcg@5"]
     assert run(data, models["llama"], tmp_path / "run", *command) == 0
-    assert "validating on pens, not trained on" in capsys.readouterr().err
+    assert "validating on pens, which --train does not name" in capsys.readouterr().err
     result = read_json(tmp_path / "run/run.json")
     assert (result["valid"], result["train_chain"], list(result["best"]["valid"])) == (["pens"], ["mind"], ["pens"])
     assert result["beats_base"]
