@@ -620,9 +620,6 @@ MODELS = {  # short names; any hub id or local folder works too
 }
 
 
-SENTENCE_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # in this order; a cosine needs no Normalize
-
-
 def model_name(model):
     """The folder or hub id that --model means; a folder goes before a short name."""
     return model if Path(model).is_dir() else MODELS.get(model, model)
@@ -693,7 +690,7 @@ def load_pretrained(args, name):
     pooling, dense = args.pooling, None
     if args.type == "embed":
         pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
-        dense = dense and dense.to(device)
+        dense = None if dense is None else dense.to(device)
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
     return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense,
@@ -752,6 +749,9 @@ def max_positions(model, tokenizer):
         if module_name.endswith("position_embeddings") and padding is not None:
             positions = module.num_embeddings - padding - 1
     return min(positions, tokenizer.model_max_length)
+
+
+SENTENCE_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # in this order; a cosine needs no Normalize
 
 
 def sentence_modules(name, pooling, default):
@@ -864,6 +864,23 @@ def cast_input(module, inputs):
     """Before a layer runs: its input in the type of its weights."""
     return (inputs[0].to(module.weight.dtype),)
 
+
+def load_adapter(scorer, folder, trainable=False):
+    """The scorer with a run's LoRA adapter (float32 at least) on its model.
+
+    Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
+    """
+    import peft
+    try:
+        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval()
+        saved = set(peft.load_peft_weights(folder, device="cpu"))
+        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
+    if saved != wanted:  # peft would leave the model's own weights in place
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {len(wanted - saved)} weights are missing and "
+                        f"{len(saved - wanted)} unknown, such as {min(saved ^ wanted)}")
+    return scorer._replace(model=model)
 
 # ----------------------------------------------------------------------------- how texts may share a forward pass
 
@@ -985,24 +1002,6 @@ def scores_or_embeddings(scorer, texts):
         if scorer.type == "embed":
             return torch.nn.functional.normalize(embed_batch(scorer, texts))
         return score_rows(scorer, single_rows(texts))
-
-
-def load_adapter(scorer, folder, trainable=False):
-    """The scorer with a run's LoRA adapter (float32 at least) on its model.
-
-    Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
-    """
-    import peft
-    try:
-        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval()
-        saved = set(peft.load_peft_weights(folder, device="cpu"))
-        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    except Exception as error:
-        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
-    if saved != wanted:  # peft would leave the model's own weights in place
-        raise UserError(f"adapter {folder} does not fit {scorer.name}: {len(wanted - saved)} weights are missing and "
-                        f"{len(saved - wanted)} unknown, such as {min(saved ^ wanted)}")
-    return scorer._replace(model=model)
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
@@ -1248,7 +1247,7 @@ def evaluate_users(users, draws=1000, seed=0):
 
 # ------------------------------------------------------------------------------------------------- files and flags
 
-# Files, checks and flags. Of these the method needs `digest` alone, by which every random choice is made.
+# Of what follows, the method needs `digest` alone, by which every random choice is made.
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")

@@ -90,7 +90,9 @@ def main(argv=None):
     # over the whole chain of --init-adapter
     train_chain = list(dict.fromkeys([*earlier.get("train_chain", []), *args.train]))
     valid_chain = list(dict.fromkeys([*earlier.get("valid_chain", []), *args.valid]))
-    domains = {**earlier.get("domains", {}), **{name: metas[name]["domain"] for name in args.train}}
+    domains = earlier.get("domains", {})
+    for name in args.train:
+        domains[name] = metas[name]["domain"]
     run = {
         "model": scorer.name, "type": args.type, "train": args.train, "valid": args.valid,
         "train_chain": train_chain, "valid_chain": valid_chain, "domains": domains,

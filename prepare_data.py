@@ -490,8 +490,9 @@ def read_rows(path, table, counts):
     lines = raw_lines(path, table.latin1)
     if table.form == "netflix":
         lines = netflix_rows(lines)
+    rows = csv_rows(path, lines) if is_csv else enumerate(lines, 1)
     header = columns = None
-    for line, row in csv_rows(path, lines) if is_csv else enumerate(lines, 1):
+    for line, row in rows:
         text = ",".join(row) if is_csv else row
         if not text.strip():
             continue

@@ -331,10 +331,11 @@ def markdown(matrix):
 def count_marks(matrix):
     """The two sentences that count better and worse cells."""
     marks = [cell["mark"] for cell in matrix["cells"] if cell["gain"]]
+    by_chance = f"{0.025 * len(marks):.1f}"
     return [f"Of {len(marks)} cells {marks.count('better')} are better than zero-shot (▲) and {marks.count('worse')} "
             "worse (▼, negative transfer).",
-            f"Marked where the 95% interval of the paired difference excludes 0; about "
-            f"{0.025 * len(marks):.1f} better and {0.025 * len(marks):.1f} worse are expected by chance."]
+            "Marked where the 95% interval of the paired difference excludes 0; about "
+            f"{by_chance} better and {by_chance} worse are expected by chance."]
 
 
 def notes(matrix):
