@@ -381,21 +381,20 @@ def rows_of(scorer, per_user):
     return rows
 
 
-def fill_batches(scorer, lengths):
-    """Indices of texts or rows in batches, longest first, of at most max_tokens with their padding (one at least).
+def fill_batches(scorer, rows):
+    """The rows in batches, longest first, of at most max_tokens with their padding (one row at least).
 
     A batch also ends where lengths fall below two thirds of its longest, so that little is spent on padding; in the
     layout "equal" where the length changes.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     shortest_share = 1.0 if scorer.layout == "equal" else 2 / 3
     batches, longest = [], 0
-    for i in order:
+    for row in sorted(rows, key=row_length, reverse=True):
         too_many = batches and (len(batches[-1]) + 1) * longest > scorer.max_tokens
-        if not batches or too_many or lengths[i] < shortest_share * longest:
+        if not batches or too_many or row_length(row) < shortest_share * longest:
             batches.append([])
-            longest = lengths[i]
-        batches[-1].append(i)
+            longest = row_length(row)
+        batches[-1].append(row)
     return batches
 
 
@@ -501,9 +500,8 @@ def score_rows(scorer, rows):
 
 def score_in_batches(scorer, rows):
     """Scores of all suffixes of the rows, without gradient: a float64 array, each score at its index (see Row)."""
-    scores = np.zeros(sum(len(row.indices) for row in rows))
-    for batch in fill_batches(scorer, list(map(row_length, rows))):
-        batch = [rows[i] for i in batch]
+    scores = np.zeros(len(indices_of(rows)))
+    for batch in fill_batches(scorer, rows):
         with torch.inference_mode():
             scores[indices_of(batch)] = score_rows(scorer, batch).cpu()
     return scores
@@ -530,13 +528,13 @@ def score_prompts(scorer, users):
 # ----------------------------------------------------------------------------------------------- embedding scoring
 
 
-def embed_batch(scorer, ids):
-    """Embeddings of texts (token ids) by one forward pass: a tensor (texts, width), float32 at least, with gradient.
+def embed_rows(scorer, rows):
+    """Embeddings of rows of one text each, by one forward pass: a tensor (rows, width), float32 at least, with gradient.
 
     Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
-    inputs, last = model_inputs(scorer, single_rows(ids))
-    states = scorer.model(**inputs).last_hidden_state  # (texts, length, width)
+    inputs, last = model_inputs(scorer, rows)
+    states = scorer.model(**inputs).last_hidden_state  # (rows, length, width)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if scorer.pooling == "cls":
         pooled = states[:, 0]
@@ -549,11 +547,11 @@ def embed_batch(scorer, ids):
 
 
 def embed(scorer, ids):
-    """Embeddings of texts (token ids), in their order, by as many forward passes as it takes; as embed_batch."""
+    """Embeddings of texts (token ids), in their order, by as many forward passes as it takes; as embed_rows."""
     vectors, order = [], []
-    for batch in fill_batches(scorer, list(map(len, ids))):
-        vectors.append(embed_batch(scorer, [ids[i] for i in batch]))
-        order += batch
+    for batch in fill_batches(scorer, single_rows(ids)):
+        vectors.append(embed_rows(scorer, batch))
+        order += indices_of(batch)
     return torch.cat(vectors)[torch.tensor(order).argsort()]
 
 
@@ -998,10 +996,11 @@ def padding_changes(scorer):
 
 def scores_or_embeddings(scorer, texts):
     """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
+    rows = single_rows(texts)
     with torch.inference_mode():
         if scorer.type == "embed":
-            return torch.nn.functional.normalize(embed_batch(scorer, texts))
-        return score_rows(scorer, single_rows(texts))
+            return torch.nn.functional.normalize(embed_rows(scorer, rows))
+        return score_rows(scorer, rows)
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
@@ -1088,7 +1087,7 @@ METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap"
 
 
 def user_metric(name, scores, labels):
-    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see auc_over_all."""
+    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see mean_metric."""
     name, _, k = name.partition("@")
     if name == "group_auc":  # the authors' code: GAUC
         return auc(scores, labels)
@@ -1099,41 +1098,32 @@ def user_metric(name, scores, labels):
     return mrr(scores, labels) if name == "mrr" else lrap(scores, labels)
 
 
-def check_scores(users):
-    """Raise UserError where scores of users, [(scores, labels)], cannot be ranked: NaN, infinite, or none at all."""
+def metric_per_user(name, users):
+    """A metric of each of the users, [(scores, labels)]: an array (users,), NaN where a user does not count."""
+    return np.array([user_metric(name, scores, labels) for scores, labels in users])
+
+
+def mean_metric(name, users):
+    """One of METRIC_NAMES over users, [(scores, labels)]: a float, NaN where it is undefined for all.
+
+    Raises UserError where a score is NaN or infinite, or where there are none.
+    """
     scores = np.concatenate([scores for scores, _ in users] or [[]])
     if not len(scores):
         raise UserError("there are no samples to compute metrics from")
     bad = (~np.isfinite(scores)).sum()
     if bad:
         raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
-
-
-def metric_per_user(name, users):
-    """A metric of each of the users, [(scores, labels)]: an array (users,), NaN where a user does not count."""
-    check_scores(users)
-    return np.array([user_metric(name, scores, labels) for scores, labels in users])
-
-
-def auc_over_all(users):
-    """AUC over the samples of all users, [(scores, labels)]."""
-    check_scores(users)
-    scores = np.concatenate([scores for scores, _ in users])
-    labels = np.concatenate([labels for _, labels in users])
-    return auc(scores, labels)
-
-
-def mean_metric(name, users):
-    """One of METRIC_NAMES over users, [(scores, labels)]; NaN where it is undefined for all."""
     if name == "auc":
-        return float(auc_over_all(users))
-    return mean_defined(metric_per_user(name, users))
+        return float(auc(scores, np.concatenate([labels for _, labels in users])))
+    return weighted_mean(metric_per_user(name, users), np.ones(len(users)))
 
 
-def mean_defined(values):
-    """The mean without NaN entries; NaN where there is nothing else."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else math.nan
+def weighted_mean(values, weights):
+    """The mean of values (users,) without NaN entries; NaN where no other has a weight."""
+    counted = ~np.isnan(values)
+    total = weights[counted].sum()
+    return float(values[counted] @ weights[counted] / total) if total else math.nan
 
 
 def reciprocal_rank_average(table, k):
@@ -1164,30 +1154,26 @@ def reciprocal_rank_average(table, k):
 # ------------------------------------------------------------------------------------------------------- intervals
 
 
-def bootstrap(users, names, draws=1000, seed=0):
-    """Metrics of `draws` resamples of users, [(scores, labels)]: {name: array (draws,)}, NaN where undefined.
+def bootstrap(name, users, draws=1000, seed=0):
+    """A metric over users, [(scores, labels)], then over `draws` resamples of them: an array (1 + draws,).
 
-    Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron 1979). Which are drawn
-    depends on the seed and the number of users alone: draws of two models on the same users are paired, and may be
-    subtracted.
+    NaN where undefined. Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron
+    1979). Which are drawn depends on the seed and the number of users alone: the arrays of two models on the same users
+    are paired, and may be subtracted.
     """
-    check_scores(users)
-    per_user = {name: metric_per_user(name, users) for name in names if name != "auc"}
-    result = {name: np.full(draws, math.nan) for name in names}
+    result = [mean_metric(name, users)]
+    if name == "auc":
+        samples = sort_samples(users)
+    else:
+        values = metric_per_user(name, users)
     rng = np.random.default_rng(seed)
-    sorted_samples = sort_samples(users)
-    for draw in range(draws):
+    for _ in range(draws):
         times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))  # each user was drawn
-        for name in names:
-            if name == "auc":
-                result[name][draw] = weighted_auc(*sorted_samples, times)
-                continue
-            values = per_user[name]
-            counted = ~np.isnan(values)
-            weights = times[counted]
-            if weights.any():
-                result[name][draw] = values[counted] @ weights / weights.sum()
-    return result
+        if name == "auc":
+            result.append(weighted_auc(*samples, times))
+        else:
+            result.append(weighted_mean(values, times))
+    return np.array(result)
 
 
 def sort_samples(users):
@@ -1215,16 +1201,17 @@ def weighted_auc(user, label, start, times):
     return positives @ (below + negatives / 2) / pairs
 
 
-def interval(draws):
-    """[low, high]: the 95% percentile interval of bootstrap draws (draws,) without NaN; None where all are NaN.
+def estimate(drawn):
+    """{"value": float, "ci": [low, high] or None} of what bootstrap returns; None where the metric is undefined.
 
-    Of the difference of two models' draws it is the paired test: they differ where it excludes 0. It covers the choice
-    of users, not the luck of a training run.
+    The 95% percentile interval, without draws that leave the metric undefined. Of the difference of two models' draws it
+    is the paired test: they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
     """
-    draws = draws[~np.isnan(draws)]
-    if not len(draws):
+    if math.isnan(drawn[0]):
         return None
-    return np.quantile(draws, [0.025, 0.975]).tolist()
+    draws = drawn[1:][~np.isnan(drawn[1:])]
+    interval = np.quantile(draws, [0.025, 0.975]).tolist() if len(draws) else None
+    return {"value": float(drawn[0]), "ci": interval}
 
 
 def evaluate_users(users, draws=1000, seed=0):
@@ -1232,17 +1219,12 @@ def evaluate_users(users, draws=1000, seed=0):
 
     None where a metric or interval is undefined, so the result is plain JSON.
     """
-    sampled = bootstrap(users, METRIC_NAMES, draws, seed)
     result = {"ci": {}, "users_counted": {}}
     for name in METRIC_NAMES:
-        if name == "auc":
-            value = float(auc_over_all(users))
-        else:
-            values = metric_per_user(name, users)
-            value = mean_defined(values)
-            result["users_counted"][name] = int(np.isfinite(values).sum())
-        result[name] = None if math.isnan(value) else value
-        result["ci"][name] = interval(sampled[name])
+        found = estimate(bootstrap(name, users, draws, seed)) or {"value": None, "ci": None}
+        result[name], result["ci"][name] = found["value"], found["ci"]
+        if name != "auc":
+            result["users_counted"][name] = int(np.isfinite(metric_per_user(name, users)).sum())
     return result
 
 # ------------------------------------------------------------------------------------------------- files and flags

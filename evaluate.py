@@ -336,11 +336,12 @@ def baseline_scores(args, name, users, chosen_by):
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def cell(value, interval, sign=""):
-    """A value with its interval, "-" where it is undefined."""
-    if value is None or interval is None:
+def show(found, sign=""):
+    """An estimate (see common.estimate) with its interval, "-" where it is undefined."""
+    if not found or found["ci"] is None:
         return "-"
-    return f"{value:{sign}.3f} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+    low, high = found["ci"]
+    return f"{found['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def table(results, train, domains):
@@ -348,7 +349,7 @@ def table(results, train, domains):
     rows = [["dataset", "setting", "users", "samples", *SHOWN, "samples/s"]]
     for result in results:
         setting = common.setting_of(train, result["dataset"], domains) if result["model"] not in BASELINES else "-"
-        cells = [cell(result[name], result["ci"][name]) for name in SHOWN]
+        cells = [show({"value": result[name], "ci": result["ci"][name]}) for name in SHOWN]
         rows.append([result["dataset"], setting, str(result["n_users"]), str(result["n_samples"]), *cells,
                      f"{result['samples_per_s']:.0f}"])
     note = "[95% intervals over the choice of users, not over the luck of a training run]"
@@ -362,18 +363,13 @@ def against(args, results):
         name = result["dataset"]
         if not result_path(args.against, name).exists():
             continue
-        other = common.read_json(result_path(args.against, name))
         users, _ = common.read_users(args.data, name, args.split, args.limit_users)
         ours, _ = read_scores(scores_path(args.out, name), users)
         theirs, _ = read_scores(scores_path(args.against, name), users)
-        our_draws = common.bootstrap(ours, SHOWN, seed=args.seed)  # one seed: the same users in both draws
-        their_draws = common.bootstrap(theirs, SHOWN, seed=args.seed)
         row = [name, str(len(users))]
-        for metric in SHOWN:
-            difference = None
-            if result[metric] is not None:
-                difference = result[metric] - other[metric]
-            row.append(cell(difference, common.interval(our_draws[metric] - their_draws[metric]), "+"))
+        for metric in SHOWN:  # one seed: the same users are drawn for both
+            difference = common.bootstrap(metric, ours, seed=args.seed) - common.bootstrap(metric, theirs, seed=args.seed)
+            row.append(show(common.estimate(difference), "+"))
         rows.append(row)
     note = "[95% intervals of the paired difference; by chance alone, 1 in 20 excludes 0]"
     return f"{common.markdown_table(rows)}\n{note}"

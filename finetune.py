@@ -224,8 +224,7 @@ def prompt_losses(scorer, train, samples):
     rows = common.rows_of(scorer, list(per_user.values()))
     labels = sum(labels.values(), [])  # in the order in which rows_of numbers the prompts
     labels = torch.tensor(labels, dtype=torch.float64, device=scorer.model.device)
-    for part in common.fill_batches(scorer, list(map(common.row_length, rows))):
-        part = [rows[i] for i in part]
+    for part in common.fill_batches(scorer, rows):
         scores = common.score_rows(scorer, part)
         loss = binary_cross_entropy_with_logits(scores, labels[common.indices_of(part)], reduction="sum")
         yield loss, sum(map(common.row_length, part))
@@ -237,12 +236,12 @@ def embed_losses(scorer, train, samples):
     Of train's texts, the first is the user's history, the others are the candidates. A history is encoded once per
     part.
     """
-    lengths = []
+    pairs = []
     for user, candidate in samples:
         texts, _ = train[user]
-        lengths.append(len(texts[0]) + len(texts[candidate + 1]))
-    for part in common.fill_batches(scorer, lengths):
-        part = [samples[i] for i in part]
+        pairs.append(texts[0] + texts[candidate + 1])
+    for part in common.fill_batches(scorer, common.single_rows(pairs)):
+        part = [samples[i] for i in common.indices_of(part)]
         users = list(dict.fromkeys(user for user, _ in part))
         histories = [train[user][0][0] for user in users]
         items, labels, of_user = [], [], []

@@ -42,7 +42,7 @@ from common import UserError
 
 # ------------------------------------------------------------------------------------------------- what a field says
 
-NEUTRAL, HISTORY = -1, 2  # labels beside 0 and 1: three stars; an impression's history (its item: ids in one string)
+NEUTRAL = -1  # a label beside 0 and 1: three stars
 
 
 def clean(text):
@@ -106,9 +106,9 @@ def goodreads_time(text):
 
 # ------------------------------------------------------------------------------------------------------ the raw formats
 
-# A function per format turns a row into (item, text) or into a list of events (user, item, time, label); ValueError:
-# the row is malformed. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. Where the
-# order of the file is all there is, the time is None.
+# A function per format turns a row into (item, text) or into (user, [(item, time, label)], past); ValueError: the row is
+# malformed. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. Where the order of the
+# file is all there is, the time is None. The past is an impression's own history, (time, item ids in one string).
 
 
 def id_and_text(fields):
@@ -118,26 +118,26 @@ def id_and_text(fields):
 
 def unix_rating(fields):
     user, item, time, stars = fields
-    return [(user, item, unix_time(time), label_of(stars))]
+    return user, [(item, unix_time(time), label_of(stars))], None
 
 
 def iso_rating(fields):
     user, item, time, stars = fields
-    return [(user, item, iso_time(time), label_of(stars))]
+    return user, [(item, iso_time(time), label_of(stars))], None
 
 
 def unix_visit(fields):
     user, item, time = fields
-    return [(user, item, unix_time(time), 1)]
+    return user, [(item, unix_time(time), 1)], None
 
 
 def iso_visit(fields):
     user, item, time = fields
-    return [(user, item, iso_time(time), 1)]
+    return user, [(item, iso_time(time), 1)], None
 
 
 def in_order(user, items):
-    return [(user, item, None, 1) for item in items]
+    return user, [(item, None, 1) for item in items], None
 
 
 def item_id(item):
@@ -158,11 +158,11 @@ def mind_item(line):
 def mind_impression(line):
     """behaviors.tsv: impression, user, time, history, what was shown ("N1-1 N2-0": 1 clicked, 0 not)."""
     _, user, time, history, shown = line.split("\t")
-    events = [(user, history, us_time(time), HISTORY)]
+    events = []
     for entry in shown.split():
         item, clicked = entry.rsplit("-", 1)
-        events.append((user, item, 0, ("0", "1").index(clicked)))
-    return events
+        events.append((item, 0, ("0", "1").index(clicked)))
+    return user, events, (us_time(time), history)
 
 
 def pens_item(line):
@@ -178,16 +178,15 @@ def pens_item(line):
 def pens_impression(line):
     """train.tsv: user, history, dwell time, exposure, clicked news, other news shown, start, end, dwell time."""
     user, history, _, _, clicked, skipped, start, _, _ = line.split("\t")
-    events = [(user, history, us_time(start), HISTORY)]
-    events += [(user, item, 0, 1) for item in clicked.split()]
-    events += [(user, item, 0, 0) for item in skipped.split()]
-    return events
+    events = [(item, 0, 1) for item in clicked.split()]
+    events += [(item, 0, 0) for item in skipped.split()]
+    return user, events, (us_time(start), history)
 
 
 def goodreads_read(fields):
     user, item, time, is_read = fields
     label = ("False", "True").index(is_read)  # JSON's false and true as text_of gives them
-    return [(user, item, goodreads_time(time), label)]
+    return user, [(item, goodreads_time(time), label)], None
 
 
 TAGS = ("a|abbr|b|big|blockquote|body|br|center|code|div|em|font|form|h[1-6]|head|hr|html|i|iframe|img|input|label|li|"
@@ -236,7 +235,7 @@ def lastfm_item(line):
 
 def lastfm_visit(line):
     user, time, track, _, _ = lastfm_fields(line)
-    return [(user, track, time, 1)]
+    return user, [(track, time, 1)], None
 
 
 def pog_item(fields):
@@ -576,57 +575,54 @@ class Sample:
     def __init__(self, seed, dataset, max_rows):
         self.key, self.max_rows, self.threshold = (seed, dataset), max_rows, EVERYBODY
         self.events = {}  # user -> array: item's number, time, label of one event, then of the next
-        self.histories = {}  # user -> (time, ids in one string): the earliest history of an impression
+        self.pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
         self.rows = 0  # events that are kept
 
     def hash_of(self, user):
         return common.digest(*self.key, user)
 
     def fill(self, rows, numbers, dropped):
-        """Take in lists of events (user, item, time, label); numbers: {item: its number}; dropped counts the unusable.
+        """Take in rows (user, [(item, time, label)], past); numbers: {item: its number}; dropped counts the unusable.
 
         Returns an item that is not in numbers, or None.
         """
         seen, unknown = 0, None
-        for events in rows:
-            for user, item, time, label in events:
+        for user, events, past in rows:
+            if not user:
+                dropped["events without user"] += len(events)
+                continue
+            kept = user in self.events or self.hash_of(user) < self.threshold
+            for item, time, label in events:
                 seen += 1
-                if not user:
-                    dropped["events without user"] += 1
-                elif label != HISTORY and item not in numbers:
+                if item not in numbers:
                     dropped["events whose item has no text"] += 1
                     unknown = item
-                elif user in self.events or self.hash_of(user) < self.threshold:
-                    if user not in self.events:
-                        self.events[user] = array("q")
-                    if label == HISTORY:
-                        self.histories[user] = min((time, item), self.histories.get(user, (time, item)))
-                    else:
-                        self.events[user].extend((numbers[item], seen if time is None else time, label))
-                        self.rows += 1
-                if seen % 10_000 == 0:
-                    self.shrink()
-        self.shrink()
+                elif kept:
+                    values = numbers[item], seen if time is None else time, label
+                    self.events.setdefault(user, array("q")).extend(values)
+                    self.rows += 1
+            if kept and past:
+                self.pasts[user] = min(past, self.pasts.get(user, past))
+            if kept:
+                self.shrink()
         return unknown
 
     def shrink(self):
         """Halve the threshold, and forget the users above it, until no more than max_rows are kept."""
-        # a user takes the memory of 4 events, a history that of 20
-        while self.rows + 4 * len(self.events) + 20 * len(self.histories) > self.max_rows:
+        # the memory of a user is that of 4 events, of a past that of 20
+        while self.rows + 4 * len(self.events) + 20 * len(self.pasts) > self.max_rows:
             self.threshold >>= 1
-            for user in list(self.events):
+            for user in [*self.events, *self.pasts]:
                 if self.hash_of(user) >= self.threshold:
-                    self.rows -= len(self.events.pop(user)) // 3
-                    self.histories.pop(user, None)
+                    self.rows -= len(self.events.pop(user, ())) // 3
+                    self.pasts.pop(user, None)
 
     def by_user(self):
-        """Yield (user, events [(item number, time, label)] in the order of the files, history), lowest hash first."""
+        """Yield (user, events [(item number, time, label)] in the order of the files, past), lowest hash first."""
         for user in sorted(self.events, key=self.hash_of):
-            flat = self.events[user]
-            _, history = self.histories.get(user, (0, ""))
-            events = list(zip(flat[0::3], flat[1::3], flat[2::3]))
-            if events:
-                yield user, events, history.split()
+            values = self.events[user]
+            _, past = self.pasts.get(user, (0, ""))
+            yield user, list(zip(values[0::3], values[1::3], values[2::3])), past.split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind

@@ -158,16 +158,8 @@ def run_missing(args, missing):
 
 # ------------------------------------------------------------------------------------------------------------- analysis
 
-# An estimate is {"value": number, "ci": [low, high]}. The draws of a value are an array (1 + DRAWS,): the value itself,
-# then its bootstrap draws. Of one target they are paired, since the same users are drawn for every source, and may be
-# subtracted.
-
-
-def estimate(draws):
-    """The estimate that draws (1 + DRAWS,) give, None where it is undefined."""
-    if np.isnan(draws[0]):
-        return None
-    return {"value": float(draws[0]), "ci": common.interval(draws[1:])}
+# Draws are what common.bootstrap returns. Those of one target are paired, since the same users are drawn for every
+# source, and may be subtracted. An estimate is what common.estimate makes of them.
 
 
 def analyse(args, failed):
@@ -193,7 +185,7 @@ def analyse(args, failed):
                 continue
             draws[source, target] = cell_draws
             if source != ZERO and (ZERO, target) in draws:
-                cell["gain"] = estimate(cell_draws - draws[ZERO, target])
+                cell["gain"] = common.estimate(cell_draws - draws[ZERO, target])
                 cell["mark"] = mark(cell["gain"])
     try:
         similar = similarity(args, cells)
@@ -218,8 +210,7 @@ def read_result(args, source, target):
     users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
     scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
     seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
-    resampled = common.bootstrap(scored, [args.metric], DRAWS, seed)[args.metric]
-    return kept, np.array([kept["value"], *resampled])
+    return kept, common.bootstrap(args.metric, scored, DRAWS, seed)
 
 
 def mark(gain):
@@ -245,7 +236,7 @@ def rank_averages(args, draws):
         averages = [common.reciprocal_rank_average(table, k) for table in tables]
         for source in averages[0]:
             values = np.array([average[source] for average in averages], float)
-            result.setdefault(source, {})[str(k)] = estimate(values)
+            result.setdefault(source, {})[str(k)] = common.estimate(values)
     return result
 
 
@@ -262,7 +253,7 @@ def joint_gain(cells, draws):
         if "G" in by_letter and "H" in by_letter:
             with_target = np.mean(by_letter["H"], axis=0)
             without = np.mean(by_letter["G"], axis=0)
-            result[target] = estimate(with_target - without)
+            result[target] = common.estimate(with_target - without)
     return result
 
 
@@ -302,11 +293,6 @@ def rank_correlation(a, b):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def show(value, sign=""):
-    """An estimate as text, "" where there is none."""
-    return evaluate.cell(value["value"], value["ci"], sign) if value else ""
-
-
 def markdown(matrix):
     """The matrix as three tables (the metric, the gain over zero-shot, RRA@K) and notes."""
     values = [[f"{matrix['metric']}, trained on", *matrix["targets"]]]
@@ -315,13 +301,13 @@ def markdown(matrix):
         if i % len(matrix["targets"]) == 0:  # a new row
             values.append([cell["source"]])
             gains.append([cell["source"]])
-        words = f"{cell['setting']} {show(cell)} {SIGNS[cell['mark']]}"
+        words = f"{cell['setting']} {evaluate.show(cell)} {SIGNS[cell['mark']]}"
         values[-1].append(words.strip())
-        gains[-1].append(show(cell["gain"], "+"))
+        gains[-1].append(evaluate.show(cell["gain"], "+"))
     del gains[1]  # zero-shot itself
     ranks = [["single source", *(f"RRA@{k}" for k in matrix["k"])]]
     for source, averages in matrix["rra"].items():
-        ranks.append([source, *map(show, averages.values())])
+        ranks.append([source, *map(evaluate.show, averages.values())])
     title = f"# Transfer matrix of {matrix['model']}, {matrix['type']}-based"
     tables = [common.markdown_table(rows) for rows in (values, gains, ranks)]
     notes_list = "\n".join(f"- {note}" for note in notes(matrix))
@@ -344,7 +330,7 @@ def notes(matrix):
              "Intervals (95%) cover the choice of users, not the luck of a training run.",
              "RRA@K ranks sources and says nothing of harm: the first of two that both fall below zero-shot gets 1."]
     for target, gain in matrix["joint_gain"].items():
-        lines.append(f"H - G on {target}, what its own data adds to joint training: {show(gain, '+')}.")
+        lines.append(f"H - G on {target}, what its own data adds to joint training: {evaluate.show(gain, '+')}.")
     if not matrix["joint_gain"]:
         lines.append("H - G, what a target's own data adds to joint training: no target has cells of both settings.")
     rho, pairs = matrix["similarity"]["rank_correlation"], matrix["similarity"]["pairs"]

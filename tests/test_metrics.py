@@ -126,7 +126,8 @@ def test_the_auc_of_a_draw_is_the_plain_auc_of_the_drawn_users(grid):
     drawn = []
     for user, count in zip(users, times):
         drawn += [user] * count
-    assert common.weighted_auc(*common.sort_samples(users), times) == pytest.approx(common.auc_over_all(drawn), rel=1e-12)
+    expected = common.mean_metric("auc", drawn)
+    assert common.weighted_auc(*common.sort_samples(users), times) == pytest.approx(expected, rel=1e-12)
 
 
 def test_twenty_thousand_samples_take_some_seconds_at_most():
@@ -277,8 +278,8 @@ def test_a_single_user():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call", [
-    common.evaluate_users, common.auc_over_all, lambda users: common.mean_metric("mrr", users),
-    lambda users: common.bootstrap(users, ["auc"], 3)])
+    common.evaluate_users, lambda users: common.mean_metric("mrr", users),
+    lambda users: common.bootstrap("auc", users, 3)])
 def test_a_score_that_is_no_number_is_an_error(bad, call):
     with pytest.raises(common.UserError, match="1 of 3 scores"):
         call(users_of([([0.5, bad], [0, 1]), ([1], [1])]))
@@ -295,50 +296,51 @@ def test_no_samples_at_all_is_an_error():
 def test_draws_are_the_metrics_of_resampled_users():
     """Draw by draw: the drawn users put together, a user drawn twice standing there as two."""
     users, names, seed = random_users(4, users=15, most=4), common.METRIC_NAMES, 11
-    draws = common.bootstrap(users, names, 40, seed)
+    draws = {name: common.bootstrap(name, users, 40, seed) for name in names}
     rng = np.random.default_rng(seed)
-    for draw in range(40):
-        drawn = [users[i] for i in rng.integers(len(users), size=len(users))]
+    drawn = users  # at first all, once
+    for draw in range(41):
         for name in names:
             value = common.mean_metric(name, drawn)
             assert draws[name][draw] == pytest.approx(value, rel=1e-12, nan_ok=True), name
+        drawn = [users[i] for i in rng.integers(len(users), size=len(users))]
 
 
 def test_draws_that_leave_a_metric_undefined_are_left_out():
-    draws = common.bootstrap(users_of([([2, 1], [1, 0]), ([1], [0])]), ["auc", "group_auc"], 200, seed=0)
-    none = np.isnan(draws["auc"])
-    assert 20 < none.sum() < 80 and (draws["auc"][~none] >= 0.5).all()  # user 1 alone, drawn twice: 1 in 4
-    assert (np.isnan(draws["group_auc"]) == none).all()
-    assert common.interval(draws["group_auc"]) == [1, 1]
+    users = users_of([([2, 1], [1, 0]), ([1], [0])])
+    over_all, by_user = common.bootstrap("auc", users, 200), common.bootstrap("group_auc", users, 200)
+    none = np.isnan(over_all)
+    assert 20 < none.sum() < 80 and (over_all[~none] >= 0.5).all()  # user 1 alone, drawn twice: 1 in 4
+    assert (np.isnan(by_user) == none).all()
+    assert common.estimate(by_user) == {"value": 1, "ci": [1, 1]}
 
 
-def test_draws_are_paired_and_seeded():
-    users, names = random_users(), common.METRIC_NAMES
+@pytest.mark.parametrize("name", common.METRIC_NAMES)
+def test_draws_are_paired_and_seeded(name):
+    users = random_users()
     moved_users = [(2 * scores + 1, labels) for scores, labels in users]
-    one, same = common.bootstrap(users, names, 50, seed=7), common.bootstrap(users, names, 50, seed=7)
-    moved, other = common.bootstrap(moved_users, names, 50, seed=7), common.bootstrap(users, names, 50, seed=8)
-    alone = common.bootstrap(users, ["mrr"], 50, seed=7)["mrr"]
-    for name in names:
-        assert (one[name] == same[name]).all() and (one[name] != other[name]).any(), name
-        assert (one[name] == moved[name]).all(), name
-    assert (alone == one["mrr"]).all()
+    one, same = common.bootstrap(name, users, 50, seed=7), common.bootstrap(name, users, 50, seed=7)
+    moved, other = common.bootstrap(name, moved_users, 50, seed=7), common.bootstrap(name, users, 50, seed=8)
+    assert (one == same).all() and (one == moved).all() and (one != other).any() and one[0] == other[0]
 
 
-def test_interval_is_the_percentiles_of_the_draws():
+def test_the_interval_is_the_percentiles_of_the_draws():
     draws = np.random.default_rng(0).permutation(np.r_[np.arange(1001.0), np.nan, np.nan])
-    assert common.interval(draws) == pytest.approx([25, 975])
-    assert common.interval(np.full(3, np.nan)) is None
+    found = common.estimate(np.r_[-7, draws])
+    assert found["value"] == -7 and found["ci"] == pytest.approx([25, 975])
+    assert common.estimate(np.full(3, np.nan)) is None
+    assert common.estimate(np.array([0.5, np.nan])) == {"value": 0.5, "ci": None}
 
 
 def test_evaluate_users_gathers_metrics_intervals_and_counts():
     users = random_users()
     result = common.evaluate_users(users, draws=100, seed=3)
-    draws = common.bootstrap(users, common.METRIC_NAMES, 100, seed=3)
     assert set(result) == {*common.METRIC_NAMES, "ci", "users_counted"}
     for name in common.METRIC_NAMES:
         assert result[name] == common.mean_metric(name, users)
         low, high = result["ci"][name]
-        assert [low, high] == common.interval(draws[name]) and low < result[name] < high
+        assert [low, high] == common.estimate(common.bootstrap(name, users, 100, seed=3))["ci"]
+        assert low < result[name] < high
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -390,11 +392,11 @@ def simulation(benchmarks=1000, users=300):
     covered, alarms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for seed in range(benchmarks):
         first, second = synthetic(np.random.default_rng([0, seed]), users, scorers=2)
-        one, two = common.bootstrap(first, names, 1000, seed), common.bootstrap(second, names, 1000, seed)
         for name in names:
-            low, high = common.interval(one[name])
+            one, two = common.bootstrap(name, first, 1000, seed), common.bootstrap(name, second, 1000, seed)
+            low, high = common.estimate(one)["ci"]
             covered[name] += (low <= truth[name] <= high) / benchmarks
-            low, high = common.interval(one[name] - two[name])
+            low, high = common.estimate(one - two)["ci"]
             alarms[name] += (low > 0 or high < 0) / benchmarks
     return covered, alarms
 
@@ -422,10 +424,9 @@ def test_the_paired_test_raises_a_false_alarm_once_in_20():
 def test_the_paired_test_finds_a_difference_that_separate_intervals_miss():
     users, _ = synthetic(np.random.default_rng(0), 300, scorers=2)
     better = [(scores + 0.15 * labels, labels) for scores, labels in users]
-    one = common.bootstrap(users, ["group_auc"])["group_auc"]
-    two = common.bootstrap(better, ["group_auc"])["group_auc"]
-    assert common.interval(one)[1] > common.interval(two)[0]
-    assert common.interval(two - one)[0] > 0
+    one, two = common.bootstrap("group_auc", users), common.bootstrap("group_auc", better)
+    assert common.estimate(one)["ci"][1] > common.estimate(two)["ci"][0]
+    assert common.estimate(two - one)["ci"][0] > 0
 
 
 # ---------------------------------------------------------------------------------------------- reciprocal rank average

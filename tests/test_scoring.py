@@ -145,9 +145,12 @@ def test_a_pack_holds_the_longest_common_prefix_once():
 
 def test_batches_hold_every_row_once_within_the_tokens(model):
     scorer = scorer_of(model("llama"))._replace(max_tokens=10)
-    lengths = [5, 1, 9, 3, 3, 20, 1]
-    assert common.fill_batches(scorer, lengths) == [[5], [2], [0], [3, 4], [1, 6]]
-    assert common.fill_batches(scorer._replace(layout="equal", max_tokens=99), [4, 3, 4, 5]) == [[3], [0, 2], [1]]
+
+    def batches(scorer, lengths):
+        rows = common.single_rows([[7] * length for length in lengths])
+        return [common.indices_of(batch) for batch in common.fill_batches(scorer, rows)]
+    assert batches(scorer, [5, 1, 9, 3, 3, 20, 1]) == [[5], [2], [0], [3, 4], [1, 6]]
+    assert batches(scorer._replace(layout="equal", max_tokens=99), [4, 3, 4, 5]) == [[3], [0, 2], [1]]
 
 
 def test_the_mask_is_that_of_the_picture():
