@@ -154,12 +154,17 @@ def with_texts(user, items):
     return {**user, "history": history, "candidates": candidates}
 
 
+def items_of(users):
+    """The ids of the items of users, sorted."""
+    ids = set()
+    for user in users:
+        ids.update(user["history"], user["candidates"])
+    return sorted(ids)
+
+
 def count_long_texts(users, items):
     """How many of the items of users have a text that with_texts cuts."""
-    used = set()
-    for user in users:
-        used.update(user["history"], user["candidates"])
-    return sum(len(items[item]) > TEXT_LIMIT for item in used)
+    return sum(len(items[item]) > TEXT_LIMIT for item in items_of(users))
 
 
 def fill(template, **values):
@@ -1419,11 +1424,15 @@ def model_identity(model):
 def job_state(place, job, found, finished, overwrite):
     """What to do about an output at `place`: "start", "continue" or "finished".
 
-    job: what the output is made of, a dict of JSON values. found: the job that stands beside what is there, None where
-    there is nothing. Raises UserError where that is another job and --overwrite is not given.
+    job: what the output is made of, a dict of JSON values. found: the job that stands beside what is there, {} where
+    there is none, None where there is nothing at all. Raises UserError where that is another job and --overwrite is not
+    given.
     """
     if found is None or overwrite:
         return "start"
+    if not found:
+        raise UserError(f"{place} was not made by this script, or parts of it are gone: "
+                        "choose another --out or give --overwrite")
     changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
     if changed:
         raise UserError(f"{place} was made with a different {', '.join(changed)}: "

@@ -129,18 +129,14 @@ def job_of(args, name):
 
 
 def state_of(args, name, job):
-    """"start", "continue" or "finished", by what stands in --out: see common.job_state.
-
-    Nothing, or a result without its scores: start. Scores without a result, of a killed run: continue. Both: finished.
-    """
+    """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
     result, scores = result_path(args.out, name), scores_path(args.out, name)
     found = None
-    if result.exists():
-        found = common.read_job(result)
-    elif scores.exists():
+    if scores.exists():
         found = job_of_scores(scores)
-    state = common.job_state(Path(args.out, name), job, found, result.exists(), args.overwrite)
-    return state if scores.exists() else "start"  # a result without its scores is made again
+    elif result.exists():
+        found = {}  # somebody else's file, or one whose scores are gone
+    return common.job_state(Path(args.out, name), job, found, result.exists(), args.overwrite)
 
 
 def job_of_scores(path):
@@ -161,8 +157,9 @@ def check_against(args, jobs):
     if not shared:
         raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
     for name in shared:
-        other = common.read_job(result_path(args.against, name))
-        if not other or not scores_path(args.against, name).exists():
+        scores = scores_path(args.against, name)
+        other = job_of_scores(scores) if scores.exists() else None
+        if not other:
             raise UserError(f"--against {args.against} holds no scores of evaluate.py for {name}")
         for key in ("data_sha256", "split", "limit_users"):
             if other.get(key) != jobs[name][key]:
@@ -257,7 +254,7 @@ def finish(args, name, users, items, scorer, job, cost):
         "seconds": cost["seconds"], "samples_per_s": cost["samples"] / cost["seconds"],
         "tokens_scored": cost["tokens_scored"], "tokens_unpacked": cost["tokens_unpacked"],
         "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
-        "data_sha256": job["data_sha256"], "seed": args.seed, "job": job, "arguments": vars(args),
+        "data_sha256": job["data_sha256"], "seed": args.seed, "arguments": vars(args),
         "versions": common.versions()}
     common.write_json(result_path(args.out, name), result)
     for what, count in result["truncated"].items():

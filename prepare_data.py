@@ -75,14 +75,6 @@ def label_of(stars):
     return 1 if stars > 3 else 0
 
 
-def unix_time(text):
-    """Seconds (MicroLens: milliseconds) since 1970, given as a number."""
-    time = int(text)
-    if abs(time) > 1 << 60:
-        raise ValueError(f"the time {time}")
-    return time
-
-
 @functools.lru_cache(1 << 16)
 def iso_time(text):
     """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; without a zone: UTC."""
@@ -90,6 +82,13 @@ def iso_time(text):
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=timezone.utc)
     return int(moment.timestamp())
+
+
+def time_of(text):
+    """Seconds since 1970 (MicroLens: milliseconds) of a number, or of a date as iso_time takes it."""
+    if text.isdecimal() and len(text) < 19:  # it fits into 64 bits
+        return int(text)
+    return iso_time(text)
 
 
 def us_time(text):
@@ -116,28 +115,14 @@ def id_and_text(fields):
     return item, clean(text)
 
 
-def unix_rating(fields):
+def rating(fields):
     user, item, time, stars = fields
-    return user, [(item, unix_time(time), label_of(stars))], None
+    return user, [(item, time_of(time), label_of(stars))], None
 
 
-def iso_rating(fields):
-    user, item, time, stars = fields
-    return user, [(item, iso_time(time), label_of(stars))], None
-
-
-def unix_visit(fields):
+def visit(fields):
     user, item, time = fields
-    return user, [(item, unix_time(time), 1)], None
-
-
-def iso_visit(fields):
-    user, item, time = fields
-    return user, [(item, iso_time(time), 1)], None
-
-
-def in_order(user, items):
-    return user, [(item, None, 1) for item in items], None
+    return user, [(item, time_of(time), 1)], None
 
 
 def item_id(item):
@@ -219,23 +204,18 @@ def netflix_item(line):
 def netflix_rating(line):
     """combined_data_*.txt, see netflix_rows: movie, user, stars, date."""
     movie, user, stars, date = line.split(",")
-    return iso_rating((user, str(int(movie)), date, stars))
-
-
-def lastfm_fields(line):
-    """User, time, artist's id, artist, track's id, track."""
-    user, time, _, artist, track, title = line.split("\t")
-    return user, iso_time(time), track, clean(title), clean(artist)
+    return rating((user, str(int(movie)), date, stars))
 
 
 def lastfm_item(line):
-    _, _, track, title, artist = lastfm_fields(line)
-    return track, described(("track_name", "artist_name"), (title, artist))
+    """User, time, artist's id, artist, track's id, track."""
+    _, _, _, artist, track, title = line.split("\t")
+    return track, described(("track_name", "artist_name"), (clean(title), clean(artist)))
 
 
 def lastfm_visit(line):
-    user, time, track, _, _ = lastfm_fields(line)
-    return user, [(track, time, 1)], None
+    user, time, _, _, track, _ = line.split("\t")
+    return user, [(track, iso_time(time), 1)], None
 
 
 def pog_item(fields):
@@ -255,7 +235,7 @@ def pog_sequence(line):
     if '"' in line:
         raise ValueError("a quote, and this file is no CSV")
     user, items, _ = line.split(",")
-    return in_order(user, items.split(";"))
+    return user, [(item, None, 1) for item in items.split(";")], None
 
 
 def steam_item(fields):
@@ -274,7 +254,7 @@ def steam_sequence(line):
     user, *items = line.split(",")
     if not items:
         raise ValueError("no items")
-    return in_order(user, items)
+    return user, [(item, None, 1) for item in items], None
 
 
 def hotelrec_item(fields):
@@ -307,7 +287,7 @@ class Source(NamedTuple):
 def amazon(category):
     return Source("https://nijianmo.github.io/amazon/",
         [Table([f"meta_{category}.json"], "json", amazon_item, ("asin", "title"))],
-        Table([f"{category}.json"], "json", unix_rating, ("reviewerID", "asin", "unixReviewTime", "overall")))
+        Table([f"{category}.json"], "json", rating, ("reviewerID", "asin", "unixReviewTime", "overall")))
 
 
 LASTFM = "userid-timestamp-artid-artname-traid-traname.tsv"
@@ -325,10 +305,10 @@ SOURCES = {
     "books": amazon("Books"),
     "movielens": Source("https://grouplens.org/datasets/movielens/",
         [Table(["movies.csv"], "csv", id_and_text, ("movieId", "title"))],
-        Table(["ratings.csv"], "csv", unix_rating, ("userId", "movieId", "timestamp", "rating"))),
+        Table(["ratings.csv"], "csv", rating, ("userId", "movieId", "timestamp", "rating"))),
     "microlens": Source("https://github.com/westlake-repl/MicroLens",
         [Table(["MicroLens-50k_titles.csv"], "csv", id_and_text, ("item", "title"))],
-        Table(["MicroLens-50k_pairs.csv"], "csv", unix_visit, ("user", "item", "timestamp"))),
+        Table(["MicroLens-50k_pairs.csv"], "csv", visit, ("user", "item", "timestamp"))),
     "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
         [Table(["movie_titles.csv"], "text", netflix_item, latin1=True)],
         Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], "netflix", netflix_rating)),
@@ -338,7 +318,7 @@ SOURCES = {
         Table([LASTFM], "text", lastfm_visit)),
     "hm": Source("https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
         [Table(["articles.csv"], "csv", id_and_text, ("article_id", "detail_desc"))],
-        Table(["transactions_train.csv"], "csv", iso_visit, ("customer_id", "article_id", "t_dat"))),
+        Table(["transactions_train.csv"], "csv", visit, ("customer_id", "article_id", "t_dat"))),
     "pog": Source("https://github.com/wenyuer/POG",
         [Table(["pog_translated_titles.csv"], "csv", pog_item, header=True),
          Table(["item_data.txt"], "text", pog_chinese_item)],
@@ -349,10 +329,10 @@ SOURCES = {
         Table(["train_game.txt"], "text", steam_sequence)),
     "hotelrec": Source("https://github.com/Diego999/HotelRec",
         [Table(["HotelRec.txt"], "json", hotelrec_item, ("hotel_url",))],
-        Table(["HotelRec.txt"], "json", iso_rating, ("author", "hotel_url", "date", "rating"))),
+        Table(["HotelRec.txt"], "json", rating, ("author", "hotel_url", "date", "rating"))),
     "yelp": Source("https://business.yelp.com/data/resources/open-dataset/",
         [Table(["yelp_academic_dataset_business.json"], "json", id_and_text, ("business_id", "name"))],
-        Table(["yelp_academic_dataset_review.json"], "json", iso_rating, ("user_id", "business_id", "date", "stars"))),
+        Table(["yelp_academic_dataset_review.json"], "json", rating, ("user_id", "business_id", "date", "stars"))),
 }
 
 # -------------------------------------------------------------------------------------------------------- reading files
@@ -366,7 +346,7 @@ def find_file(folder, file):
     """The path of a raw file in a folder or up to two below it, plain or .gz, or None.
 
     Of several on one level the one below train counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
-    left, or where the file is empty.
+    left.
     """
     for level in ("", "*/", "*/*/"):
         for ending in ("", ".gz"):
@@ -374,8 +354,6 @@ def find_file(folder, file):
             found = [path for path in found if "train" in path.parent.name] or found
             if len(found) > 1:
                 raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {folder}")
-            if found and not found[0].stat().st_size:
-                raise UserError(f"{found[0]} is empty")
             if found:
                 return found[0]
     return None
@@ -386,15 +364,17 @@ def find_files(name, raw):
     source, folder = SOURCES[name], Path(raw, name)
     tables = []
     for choice in (source.items, [source.events]):
-        found = [table._replace(files=[find_file(folder, file) for file in table.files]) for table in choice]
-        complete = [table for table in found if None not in table.files]
-        if not complete:
-            file = choice[0].files[found[0].files.index(None)]
+        for table in choice:
+            paths = [find_file(folder, file) for file in table.files]
+            if None not in paths:
+                break
+        if None in paths:
+            file = table.files[paths.index(None)]
             there = sorted(path.name for path in folder.glob("*"))
             packed = [path for path in there if path.endswith(PACKED)]
             advice = f"; unpack {packed[0]} there" if packed else f"; there are {', '.join(there[:9])}" if there else ""
             raise UserError(f"{folder / file} (or .gz) is missing; get it from {source.home}{advice}")
-        tables.append(complete[0])
+        tables.append(table._replace(files=paths))
     files = tables[0].files + tables[1].files
     for file in files:
         if file.parent != files[0].parent:
@@ -458,24 +438,29 @@ def csv_rows(path, lines):
         raise UserError(f"{path}, line {line}: {error}; is a quote not closed?") from None
 
 
-def find_columns(path, header, names):
-    """Where in the header of a CSV file each of the names stands. Raises UserError where one is missing."""
-    header = [field.strip() for field in header]
-    for name in names:
-        if name not in header:
-            raise UserError(f"{path} has no column {name!r}; its first line is {','.join(header)[:80]!r}")
-    return [header.index(name) for name in names]
+def is_header(path, table, row):
+    """Whether the first row of a raw file is its header. Raises UserError where that lacks a column."""
+    if not table.columns or table.form == "json":
+        return table.header and not re.search(r"\d", "".join(row))
+    for name in table.columns:
+        if name not in row:
+            raise UserError(f"{path} has no column {name!r}; its first line is {','.join(row)[:80]!r}")
+    return True
 
 
-def csv_fields(row, header, columns):
-    """The fields of a row in these columns of the header; all where columns is None. Raises ValueError if malformed."""
-    if len(row) != len(header):
-        raise ValueError(f"{len(row)} fields, not {len(header)}")
-    if columns is None:
+def fields_of(table, row, first):
+    """What table.parse takes of a row. first: the first row of the file. Raises ValueError on a malformed row."""
+    if table.form == "json":
+        return json_fields(row, table.columns)
+    if table.form != "csv":
+        return row.rstrip("\r\n")
+    if len(row) != len(first):
+        raise ValueError(f"{len(row)} fields, not {len(first)}")
+    if not table.columns:
         return row
-    if row == header:
+    if row == first:
         raise ValueError("a second header row")
-    return [row[column] for column in columns]
+    return [row[first.index(name)] for name in table.columns]
 
 
 def read_rows(path, table, counts):
@@ -485,34 +470,24 @@ def read_rows(path, table, counts):
     UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
-    is_csv = table.form == "csv"
     lines = raw_lines(path, table.latin1)
     if table.form == "netflix":
         lines = netflix_rows(lines)
-    rows = csv_rows(path, lines) if is_csv else enumerate(lines, 1)
-    header = columns = None
+    rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
+    first = None
     for line, row in rows:
-        text = ",".join(row) if is_csv else row
+        text = row if isinstance(row, str) else ",".join(row)
         if not text.strip():
             continue
-        if is_csv and header is None:
-            header = row
-            if table.columns:
-                columns = find_columns(path, header, table.columns)
+        if first is None:
+            first = row
+            if is_header(path, table, row):
                 continue
-        if table.header and line == 1 and not re.search(r"\d", text):
-            continue
         count["rows"] += 1
         try:
             if not text.isascii() and NOT_UTF8.search(text):
                 raise ValueError(f"not UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
-            if is_csv:
-                fields = csv_fields(row, header, columns)
-            elif table.form == "json":
-                fields = json_fields(row, table.columns)
-            else:
-                fields = row.rstrip("\r\n")
-            parsed = table.parse(fields)
+            parsed = table.parse(fields_of(table, row, first))
         except MALFORMED as error:
             note_malformed(count, text, line, error)
             continue
@@ -532,7 +507,7 @@ def note_malformed(count, text, line, error):
 def check_malformed(path, count):
     """Say that rows were left out. Raises UserError where these are over 1%, or where there are no rows."""
     if not count["rows"]:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} is empty: it holds no rows")
     first = count["first_malformed"]
     if first:
         message = (f"{path}: {count['malformed']} of {count['rows']} rows are malformed; the first, on line "
@@ -586,43 +561,34 @@ class Sample:
 
         Returns an item that is not in numbers, or None.
         """
-        seen, unknown = 0, None
+        unknown = None
         for user, events, past in rows:
             if not user:
                 dropped["events without user"] += len(events)
                 continue
-            kept = user in self.events or self.hash_of(user) < self.threshold
+            if user not in self.events and self.hash_of(user) < self.threshold:
+                self.events[user] = array("q")
+            kept = self.events.get(user)  # None: the user is not in the sample
             for item, time, label in events:
-                seen += 1
                 if item not in numbers:
                     dropped["events whose item has no text"] += 1
                     unknown = item
-                elif kept:
-                    values = numbers[item], seen if time is None else time, label
-                    self.events.setdefault(user, array("q")).extend(values)
+                elif kept is not None:
+                    kept.extend((numbers[item], len(kept) if time is None else time, label))
                     self.rows += 1
-            if kept and past:
+            if past and kept is not None:
                 self.pasts[user] = min(past, self.pasts.get(user, past))
-            if kept:
-                self.shrink()
+            self.shrink()
         return unknown
 
     def shrink(self):
         """Halve the threshold, and forget the users above it, until no more than max_rows are kept."""
-        # the memory of a user is that of 4 events, of a past that of 20
-        while self.rows + 4 * len(self.events) + 20 * len(self.pasts) > self.max_rows:
-            self.threshold >>= 1
-            for user in [*self.events, *self.pasts]:
+        while self.rows + 4 * len(self.events) > self.max_rows:  # a user takes the memory of 4 events
+            self.threshold //= 2
+            for user in list(self.events):
                 if self.hash_of(user) >= self.threshold:
-                    self.rows -= len(self.events.pop(user, ())) // 3
+                    self.rows -= len(self.events.pop(user)) // 3
                     self.pasts.pop(user, None)
-
-    def by_user(self):
-        """Yield (user, events [(item number, time, label)] in the order of the files, past), lowest hash first."""
-        for user in sorted(self.events, key=self.hash_of):
-            values = self.events[user]
-            _, past = self.pasts.get(user, (0, ""))
-            yield user, list(zip(values[0::3], values[1::3], values[2::3])), past.split()
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -634,57 +600,23 @@ def by_hash(items, key, *more):
     return [item for _, item in sorted(keyed)]
 
 
-def latest_events(events, items, dropped):
-    """{item id: (time, label)}: one event per item, the latest; of several at one time the highest label."""
+def latest_events(values, items, dropped):
+    """{item id: (time, label)}: one event per item, the latest; of several at one time the highest label.
+
+    values: item's number, time, label of one event, then of the next.
+    """
     latest = {}
-    for number, time, label in events:
+    for start in range(0, len(values), 3):
+        number, time, label = values[start:start + 3]
         item = items[number]
         latest[item] = max((time, label), latest.get(item, (time, label)))
-    dropped["repeated events"] += len(events) - len(latest)
+    dropped["repeated events"] += len(values) // 3 - len(latest)
     return latest
-
-
-def with_label(latest, label):
-    """The items with a label."""
-    return [item for item, (_, its_label) in latest.items() if its_label == label]
-
-
-def impressions(latest, past, texts, job, key, dropped):
-    """(history, positives, negatives): what was clicked and what was not, without what stands in the past."""
-    known = [item for item in past if item in texts]
-    shown = {item: latest[item] for item in latest if item not in known}
-    dropped["items of histories without text"] += len(past) - len(known)
-    dropped["candidates that stand in the history"] += len(latest) - len(shown)
-    positives = by_hash(with_label(shown, 1), key)[:job["positives"]]
-    negatives = by_hash(with_label(shown, 0), key)[:job["negatives"]]
-    history = list(dict.fromkeys(reversed(known)))[::-1]  # each item once, at its last place
-    return history, positives, negatives
-
-
-def in_time_order(latest, job, key):
-    """(history, positives): the items that a user liked, the last held out. Ties in time are in the order of hashes."""
-    liked = by_hash(with_label(latest, 1), key)
-    liked.sort(key=latest.get)  # by (time, label), and the label is 1; a stable sort
-    return liked[:-job["positives"]], liked[-job["positives"]:]
-
-
-def ratings(latest, job, key, dropped):
-    """(history, positives, negatives): the liked items in time order, and the user's own dislikes."""
-    dropped["neutral ratings"] += len(with_label(latest, NEUTRAL))
-    history, positives = in_time_order(latest, job, key)
-    return history, positives, by_hash(with_label(latest, 0), key)[:job["negatives"]]
-
-
-def sequences(latest, items, job, key):
-    """(history, positives, negatives): the items in time order, and negatives from those that were never touched."""
-    history, positives = in_time_order(latest, job, key)
-    return history, positives, draw_negatives(set(latest), items, job["negatives"], key)
 
 
 def draw_negatives(touched, items, count, key):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
-    if len(items) < 2 * (len(touched) + count):  # few are left: hash them all
-        return by_hash([item for item in items if item not in touched], key)[:count]
+    count = min(count, len(items) - len(touched))
     drawn, turn = {}, 0
     while len(drawn) < count:
         item = items[common.digest(*key, "negative", turn) % len(items)]
@@ -694,21 +626,28 @@ def draw_negatives(touched, items, count, key):
     return list(drawn)
 
 
-def user_line(user, events, past, texts, items, job, dropped):
+def user_line(user, latest, past, items, job, dropped):
     """A user's line {"user", "history", "candidates", "labels"} of the standard format, or None (the reason counted).
 
-    events: [(item number, time, label)]; past: item ids of an impression's history; texts: {item id: text}; items: its
-    keys in a list; job: see prepare.
+    latest: {item id: (time, label)}; past: item ids of an impression's history, else []; items: all item ids.
     """
     key = job["seed"], job["dataset"], user
-    latest = latest_events(events, items, dropped)
+    with_label = {0: [], 1: [], NEUTRAL: []}
+    for item in by_hash(latest, key):
+        _, label = latest[item]
+        if item in past:
+            dropped["candidates that stand in the history"] += 1
+        else:
+            with_label[label].append(item)
+    dropped["neutral ratings"] += len(with_label[NEUTRAL])
+    positives, negatives = with_label[1], with_label[0][:job["negatives"]]
     if job["kind"] == "impressions":
-        history, positives, negatives = impressions(latest, past, texts, job, key, dropped)
-    elif job["kind"] == "ratings":
-        history, positives, negatives = ratings(latest, job, key, dropped)
+        history = list(dict.fromkeys(reversed(past)))[::-1]  # each item once, at its last place
+        positives = positives[:job["positives"]]
     else:
-        history, positives, negatives = sequences(latest, items, job, key)
-    if job["next_item"] and job["kind"] != "sequences":
+        liked = sorted(positives, key=latest.get)  # by time; ties stay in the order of hashes
+        history, positives = liked[:-job["positives"]], liked[-job["positives"]:]
+    if job["kind"] == "sequences" or job["next_item"]:
         negatives = draw_negatives({*latest, *history}, items, job["negatives"], key)
     for part, found in (("history", history), ("positives", positives), ("negatives", negatives)):
         if not found:
@@ -740,8 +679,7 @@ def prepare(name, args):
     new = begin(folder, job, args.overwrite)  # before the reading: a folder that cannot be written is reported at once
     if new is not None:
         texts, splits, report = read_dataset(tables, job)
-        write_dataset(new, texts, splits, job, report)
-        put_in_place(new, folder)
+        put_in_place(new, folder, {**write_dataset(new, texts, splits, job), **report})
 
 
 def read_dataset(tables, job):
@@ -751,15 +689,14 @@ def read_dataset(tables, job):
     """
     name, dropped, counts = job["dataset"], Counter(), {"items": {}, "events": {}}
     texts = read_texts(tables[0], counts["items"], dropped)
-    items = list(texts)
-    numbers = {item: number for number, item in enumerate(items)}
+    numbers = {item: number for number, item in enumerate(texts)}
     sample = Sample(job["seed"], name, job["max_rows"])
     unknown = sample.fill(read_table(tables[1], counts["events"]), numbers, dropped)
-    users = lines_of(sample, texts, items, job, dropped)
+    users = lines_of(sample, texts, job, dropped)
     test = take(users, job["test_size"])
     finetune = take(users, job["train_size"])  # train and valid together
     if not test and not finetune:
-        examples = f"; an item of the events is {unknown!r}, of the items {items[:1]}" if unknown else ""
+        examples = f"; an item of the events is {unknown!r}, of the items {list(texts)[:1]}" if unknown else ""
         raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
     share, short = sample.threshold / EVERYBODY, {}
     for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(finetune))):
@@ -773,10 +710,15 @@ def read_dataset(tables, job):
     return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
 
 
-def lines_of(sample, texts, items, job, dropped):
+def lines_of(sample, texts, job, dropped):
     """Yield the lines of the users of a sample that have one, lowest hash first."""
-    for user, events, past in sample.by_user():
-        line = user_line(user, events, past, texts, items, job, dropped)
+    items = list(texts)
+    for user in sorted(sample.events, key=sample.hash_of):
+        latest = latest_events(sample.events[user], items, dropped)
+        _, ids = sample.pasts.get(user, (0, ""))
+        past = [item for item in ids.split() if item in texts]
+        dropped["items of histories without text"] += len(ids.split()) - len(past)
+        line = user_line(user, latest, past, items, job, dropped)
         if line:
             yield line
 
@@ -796,14 +738,6 @@ def take(users, size):
 def count_samples(users):
     """Candidates of all users."""
     return sum(len(user["labels"]) for user in users)
-
-
-def items_of(users):
-    """The item ids that stand in the lines of users, sorted."""
-    items = set()
-    for user in users:
-        items.update(user["history"], user["candidates"])
-    return sorted(items)
 
 
 def found_job(folder):
@@ -851,8 +785,11 @@ def begin(folder, job, overwrite):
     return new
 
 
-def put_in_place(new, folder):
-    """Let the new folder take the place of `folder`, whose files go."""
+def put_in_place(new, folder, meta):
+    """Write meta.json and let the new folder take the place of `folder`, whose files go."""
+    files = sorted(path.name for path in new.iterdir())
+    common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": folder.name, **meta,
+                                          "files": [*files, "meta.json"]})
     target = folder.resolve()
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -862,31 +799,26 @@ def put_in_place(new, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_dataset(folder, texts, splits, job, report):
-    """Write items.jsonl, the splits that are not empty, and meta.json.
+def write_dataset(folder, texts, splits, job):
+    """Write items.jsonl and the splits that are not empty; returns what meta.json says of them.
 
-    texts: {item id: text}, of which those are written that the splits use. report: what else meta.json says.
+    texts: {item id: text}, of which those are written that the splits use.
     """
-    name = job["dataset"]
-    row = common.DATASETS.get(name) or common.DEMO[name]
     splits = {split: users for split, users in splits.items() if users}
-    items = items_of(user for users in splits.values() for user in users)
+    items = common.items_of(user for users in splits.values() for user in users)
     tables = {"items": [{"id": item, "text": texts[item]} for item in items], **splits}
-    counts = {}
+    name, counts = job["dataset"], {}
     for table, rows in tables.items():
         with open(folder / f"{table}.jsonl", "wb") as file:
             for line in rows:  # half surrogate pairs in ids become JSON escapes again
                 line = json.dumps(line, ensure_ascii=False) + "\n"
                 file.write(line.encode("utf-8", "backslashreplace"))
     for split, users in splits.items():
-        counts[split] = {"users": len(users), "items": len(items_of(users)), "samples": count_samples(users),
+        counts[split] = {"users": len(users), "items": len(common.items_of(users)), "samples": count_samples(users),
                          "positives": sum(sum(user["labels"]) for user in users)}
         print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
-    common.write_json(folder / "meta.json", {
-        "format": common.FORMAT, "dataset": name, "domain": row.domain, "kind": row.kind, "seed": job["seed"],
-        "job": job, **report, "items": len(items), "sha256": common.data_sha256(folder.parent, folder.name),
-        "splits": counts,
-        "files": [*(f"{table}.jsonl" for table in tables), "meta.json"]})
+    return {"domain": common.DOMAINS[name], "job": job, "items": len(items), "splits": counts,
+            "sha256": common.data_sha256(folder.parent, folder.name)}
 
 
 # --------------------------------------------------------------------------------------------- the authors' own samples
@@ -918,63 +850,64 @@ def from_recbench(name, folder, args):
     user or item the last counts, as in the authors' code. Raises UserError.
     """
     user, item, history, label, *attributes = RECBENCH[name].split()
-    target = Path(args.out, name)
-    files = ["items.parquet", "users.parquet", "test.parquet", "finetune.parquet", "valid_user_set_0.1.txt"]
-    paths = [folder / file for file in files if (folder / file).is_file()]
-    parts = [path.stem for path in paths if path.stem in ("test", "finetune")]
-    if not parts or paths[:2] != [folder / file for file in files[:2]]:
+    items, users, test, finetune = [folder / f"{part}.parquet" for part in ("items", "users", "test", "finetune")]
+    named = folder / "valid_user_set_0.1.txt"
+    paths = [path for path in (items, users, test, finetune, named) if path.is_file()]
+    if items not in paths or users not in paths or (test not in paths and finetune not in paths):
         raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
                         "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
            "raw": raw_files(folder, paths)}
+    target = Path(args.out, name)
     new = begin(target, job, args.overwrite)
     if new is None:
         return
-    lines = {part: read_samples(folder / f"{part}.parquet", user, item, label) for part in parts}
-    read_histories(folder / "users.parquet", user, history, lines, args.max_history)
-    finetune, test = lines.get("finetune", {}), lines.get("test", {})
-    valid = valid_users(folder / files[4], finetune, job)
-    splits = {"train": [], "valid": [], "test": list(test.values())}
-    for who, line in finetune.items():
+    histories = read_histories(users, user, history, args.max_history)
+    test_lines = read_samples(test, user, item, label, histories)
+    finetune_lines = read_samples(finetune, user, item, label, histories)
+    valid = valid_users(named, finetune_lines, job)
+    splits = {"train": [], "valid": [], "test": list(test_lines.values())}
+    for who, line in finetune_lines.items():
         splits["valid" if who in valid else "train"].append(line)
-    texts, used = {}, items_of([*finetune.values(), *test.values()])
-    for one, *values in parquet_rows(folder / "items.parquet", item, *attributes):
+    texts = {}
+    for one, *values in parquet_rows(items, item, *attributes):
         texts[str(one)] = described(attributes, [text_of(value) for value in values])
+    used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
     unknown = [one for one in used if one not in texts]
     if unknown:
-        raise UserError(f"{folder / 'items.parquet'} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
-    write_dataset(new, texts, splits, job, {})
-    put_in_place(new, target)
+        raise UserError(f"{items} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
+    put_in_place(new, target, write_dataset(new, texts, splits, job))
 
 
-def read_samples(path, user, item, label):
-    """{user: line} of the samples of a parquet file, users in the order of their first; user, item, label: columns.
-
-    The line's history is still None. Raises UserError where a label is neither 0 nor 1.
-    """
-    lines = {}
-    for who, what, liked in parquet_rows(path, user, item, label):
-        if liked not in (0, 1):
-            raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
-        new = {"user": str(who), "history": None, "candidates": [], "labels": []}
-        line = lines.setdefault(str(who), new)
-        line["candidates"].append(str(what))
-        line["labels"].append(int(liked))
-    return lines
-
-
-def read_histories(path, user, history, lines, max_history):
-    """Fill in the histories of lines {part: {user: line}}, the last max_history items. Raises UserError."""
+def read_histories(path, user, history, max_history):
+    """{user: the last max_history items} of a parquet file with the columns user and history. Raises UserError."""
+    histories = {}
     for who, past in parquet_rows(path, user, history):
         if isinstance(past, str):
             raise UserError(f"{path}: the history of user {who} is a string, not a list of items")
-        for users in lines.values():
-            if str(who) in users:
-                users[str(who)]["history"] = [str(one) for one in past or []][-max_history:]
-    for users in lines.values():
-        for who, line in users.items():
-            if line["history"] is None:
-                raise UserError(f"{path} lacks user {who}, who has samples")
+        histories[str(who)] = [str(one) for one in past or []][-max_history:]
+    return histories
+
+
+def read_samples(path, user, item, label, histories):
+    """{user: line}, users in the order of their first sample; {} where there is no such file.
+
+    user, item, label: columns. Raises UserError where a label is neither 0 nor 1, or a user has no history.
+    """
+    lines = {}
+    if not path.is_file():
+        return lines
+    for who, what, liked in parquet_rows(path, user, item, label):
+        if liked not in (0, 1):
+            raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
+        who = str(who)
+        if who not in histories:
+            raise UserError(f"users.parquet lacks user {who}, who has samples in {path}")
+        new = {"user": who, "history": histories[who], "candidates": [], "labels": []}
+        line = lines.setdefault(who, new)
+        line["candidates"].append(str(what))
+        line["labels"].append(int(liked))
+    return lines
 
 
 def valid_users(path, finetune, job):
@@ -1035,24 +968,20 @@ DEMO_USERS = {"test": 250, "valid": 60, "train": 300}  # per dataset
 
 def make_demo(out, seed, overwrite):
     """Five small datasets in three domains, and OUT/demo-model, which has read about their themes and met no user."""
-    for name in common.DEMO:
+    for name in [*common.DEMO, "demo-model"]:
         folder = Path(out, name)
         job = {"dataset": name, "seed": seed, "users": DEMO_USERS}
         new = begin(folder, job, overwrite)
-        if new is not None:
+        if new is None:
+            continue
+        if name == "demo-model":
+            train_demo_model(new, seed)
+            meta = {"job": job}
+        else:
             texts, splits = demo_dataset(name, seed)
-            write_dataset(new, texts, splits, job, {})
-            put_in_place(new, folder)
-    folder = Path(out, "demo-model")
-    job = {"dataset": "demo-model", "seed": seed}
-    new = begin(folder, job, overwrite)
-    if new is not None:
-        train_demo_model(new, seed)
-        files = sorted(path.name for path in new.iterdir())
-        common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": "demo-model", "job": job,
-                                              "files": [*files, "meta.json"]})
-        put_in_place(new, folder)
-    print(f"{folder} is the model to start from")
+            meta = write_dataset(new, texts, splits, job)
+        put_in_place(new, folder, meta)
+    print(f"{Path(out, 'demo-model')} is the model to start from")
 
 
 def demo_dataset(name, seed):
@@ -1214,11 +1143,9 @@ def main(argv=None):
     if args.list:
         list_datasets()
         return
-    for name in args.names:  # what is missing or in the way is said before any long work
-        if name != "demo":
-            found_job(Path(args.out, name))
-            if not args.from_recbench:
-                find_files(name, args.raw)
+    for name in args.names:  # what is missing is said before any long work
+        if name != "demo" and not args.from_recbench:
+            find_files(name, args.raw)
     for name in args.names:
         if name == "demo":
             make_demo(args.out, args.seed, args.overwrite)

@@ -203,7 +203,7 @@ def read_result(args, source, target):
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
     kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256", "split")}
-    kept["history"] = result["job"]["history"]
+    kept["history"] = result["arguments"]["history"]
     kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
     if kept["value"] is None:
         return kept, None
