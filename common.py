@@ -199,7 +199,7 @@ def render_chat(tokenizer, text, word):
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": word}]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        before = rendered[:rendered.rindex(word)]
+        before, _, _ = rendered.rpartition(word)
     except Exception as error:  # there is no template, or it is broken
         raise UserError(f"--chat-template: {str(error)[:300]}") from None
     if text.strip() not in before:  # the last such word is not the answer
@@ -237,11 +237,10 @@ def answer_tokens(tokenizer, prompt, chat_template=False):
     context = candidate_prompts(prompt, ["x"], ["x"])[0]
     tokens = []
     for word in prompt["answers"]:
+        before = context
         if chat_template:
-            before, rendered_word = render_chat(tokenizer, context, word)
-            tokens.append(answer_token(tokenizer, before, rendered_word, chat=True))
-        else:
-            tokens.append(answer_token(tokenizer, context, word))
+            before, word = render_chat(tokenizer, context, word)
+        tokens.append(answer_token(tokenizer, before, word, chat_template))
     if tokens[0] == tokens[1]:
         shown = tokenizer.convert_ids_to_tokens(tokens)[0]
         raise UserError(f"both answers {prompt['answers']} are the token {shown!r}")
@@ -268,7 +267,7 @@ class Scorer(NamedTuple):
     prompt: dict  # the wording: see PROMPT
     chat_template: bool
     pooling: str  # "last", "mean" or "cls"
-    dense: object  # a layer after pooling, None for most models
+    dense: torch.nn.Module  # the layers after pooling; of most models none
     limit: int  # tokens of a text, at most
     max_tokens: int  # tokens of a forward pass, at most
     pad: int  # token id of padding; no token sees it
@@ -286,9 +285,9 @@ def user_texts(scorer, history, candidates):
     if scorer.type == "embed":
         return [fill(scorer.prompt["user"], history=history_text(scorer.prompt, history))]
     texts = candidate_prompts(scorer.prompt, history, candidates)
-    if scorer.family == "masked":  # the answer goes where the mask stands: at the end, unless the prompt has its own
-        mask = scorer.tokenizer.mask_token
-        texts = [text if mask in scorer.prompt["prompt"] else text + mask for text in texts]
+    mask = scorer.tokenizer.mask_token
+    if scorer.family == "masked" and mask not in scorer.prompt["prompt"]:  # the answer goes to its end
+        texts = [text + mask for text in texts]
     return texts
 
 
@@ -316,17 +315,13 @@ def encode_user(scorer, user):
 
     All texts of a user are cut alike, so they still share their history. Raises UserError where one item is too long.
     """
-    dropped = 0
-    ids = encode(scorer, user_texts(scorer, user["history"], user["candidates"]))
-    while max(map(len, ids)) > scorer.limit:
-        dropped += 1
-        history = user["history"][dropped:]
-        if not history:
-            raise UserError(f"user {user['user']} needs {max(map(len, ids))} tokens even with one item of history, but "
-                            f"at most {scorer.limit} fit: raise --max-length, if the model allows it, or shorten the "
-                            "prompt")
-        ids = encode(scorer, user_texts(scorer, history, user["candidates"]))
-    return ids, dropped
+    for dropped in range(max(1, len(user["history"]))):
+        ids = encode(scorer, user_texts(scorer, user["history"][dropped:], user["candidates"]))
+        longest = max(map(len, ids))
+        if longest <= scorer.limit:
+            return ids, dropped
+    raise UserError(f"user {user['user']} needs {longest} tokens even with one item of history, but at most "
+                    f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
 
 
 def common_prefix(prompts):
@@ -339,31 +334,9 @@ def common_prefix(prompts):
     return shortest - 1
 
 
-def pack(prompts, first_index, max_tokens):
-    """The prompts of one user as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens (one suffix at least).
-
-    prompts: token ids. Each was tokenised whole, so the result is that of separate prompts, for any tokenizer.
-    first_index: index of the first prompt's score.
-    """
-    shared = common_prefix(prompts)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        suffix = prompt[shared:]
-        if not rows or row_length(rows[-1]) + len(suffix) > max_tokens:
-            rows.append(Row(prompt[:shared], [], []))
-        rows[-1].suffixes.append(suffix)
-        rows[-1].indices.append(first_index + i)
-    return rows
-
-
 def row_length(row):
     """Tokens of a row."""
     return len(row.prefix) + sum(map(len, row.suffixes))
-
-
-def single_rows(texts, first_index=0):
-    """A row per text (token ids)."""
-    return [Row([], [text], [first_index + i]) for i, text in enumerate(texts)]
 
 
 def indices_of(rows):
@@ -375,14 +348,24 @@ def indices_of(rows):
 
 
 def rows_of(scorer, per_user):
-    """Rows of the prompts of several users, [[token ids]]; where the model must not pack, a row per prompt."""
+    """The texts of several users, [[token ids]], as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens.
+
+    A row holds one suffix at least; where the model must not pack, one suffix and no prefix. Each text was tokenised
+    whole, so the result is that of separate texts, for any tokenizer.
+    """
+    packed = scorer.layout == "packed"
     rows, index = [], 0
-    for prompts in per_user:
-        if scorer.layout == "packed":
-            rows += pack(prompts, index, scorer.max_tokens)
-        else:
-            rows += single_rows(prompts, index)
-        index += len(prompts)
+    for texts in per_user:
+        shared = common_prefix(texts) if packed else 0
+        row = None  # the next suffix starts a row
+        for text in texts:
+            suffix = text[shared:]
+            if row is None or not packed or row_length(row) + len(suffix) > scorer.max_tokens:
+                row = Row(text[:shared], [], [])
+                rows.append(row)
+            row.suffixes.append(suffix)
+            row.indices.append(index)
+            index += 1
     return rows
 
 
@@ -415,17 +398,15 @@ def lay_out(rows, pad):
     segments = np.full(shape, -1)
     answers = []
     for r, row in enumerate(rows):
-        shared = len(row.prefix)
-        ids[r, :shared] = row.prefix
-        positions[r, :shared] = np.arange(shared)
-        segments[r, :shared] = 0
-        start = shared
-        for number, suffix in enumerate(row.suffixes, 1):
-            end = start + len(suffix)
-            ids[r, start:end] = suffix
-            positions[r, start:end] = np.arange(shared, shared + len(suffix))
+        start = 0
+        for number, tokens in enumerate([row.prefix, *row.suffixes]):
+            end = start + len(tokens)
+            first = len(row.prefix) if number > 0 else 0
+            ids[r, start:end] = tokens
+            positions[r, start:end] = np.arange(first, first + len(tokens))
             segments[r, start:end] = number
-            answers.append((r, end - 1))
+            if number > 0:
+                answers.append((r, end - 1))
             start = end
     return ids, positions, segments, np.array(answers)
 
@@ -456,8 +437,7 @@ def model_inputs(scorer, rows):
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
     if scorer.layout == "packed":
         hidden = ~packed_mask(segments)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)  # a number to add, which every attention takes
-        inputs["attention_mask"] = mask.masked_fill(hidden, torch.finfo(dtype).min)
+        inputs["attention_mask"] = hidden.to(dtype) * torch.finfo(dtype).min  # to add, which every attention takes
         inputs["position_ids"] = torch.tensor(positions, device=device)
     return inputs, answers
 
@@ -503,13 +483,13 @@ def score_rows(scorer, rows):
     return at_answer[:, YES] - at_answer[:, NO]
 
 
-def score_in_batches(scorer, rows):
-    """Scores of all suffixes of the rows, without gradient: a float64 array, each score at its index (see Row)."""
-    scores = np.zeros(len(indices_of(rows)))
+def in_batches(scorer, rows, forward):
+    """What forward, score_rows or embed_rows, gives for all rows: a tensor, each score or embedding at its index."""
+    results, indices = [], []
     for batch in fill_batches(scorer, rows):
-        with torch.inference_mode():
-            scores[indices_of(batch)] = score_rows(scorer, batch).cpu()
-    return scores
+        results.append(forward(scorer, batch))
+        indices += indices_of(batch)
+    return torch.cat(results)[torch.tensor(indices).argsort()]
 
 
 def score_prompts(scorer, users):
@@ -524,7 +504,8 @@ def score_prompts(scorer, users):
         dropped.append(cut)
         tokens_unpacked += sum(map(len, prompts))
     rows = rows_of(scorer, per_user)
-    scores = score_in_batches(scorer, rows)
+    with torch.inference_mode():
+        scores = in_batches(scorer, rows, score_rows).cpu().numpy()
     ends = np.cumsum(list(map(len, per_user)))
     tokens_scored = sum(map(row_length, rows))
     took = {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
@@ -534,13 +515,12 @@ def score_prompts(scorer, users):
 
 
 def embed_rows(scorer, rows):
-    """Embeddings of rows of one text each, by one forward pass: a tensor (rows, width), float32 at least, with gradient.
+    """Embeddings of rows of one text each: a float64 tensor (rows, width), each of length 1, with gradient.
 
     Pooling takes the state of the first token ("cls"), of the last one, or the mean over tokens; never of padding.
     """
     inputs, last = model_inputs(scorer, rows)
-    states = scorer.model(**inputs).last_hidden_state  # (rows, length, width)
-    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    states = scorer.model(**inputs).last_hidden_state.double()  # (rows, length, width)
     if scorer.pooling == "cls":
         pooled = states[:, 0]
     elif scorer.pooling == "last":
@@ -548,22 +528,18 @@ def embed_rows(scorer, rows):
     else:
         mask = inputs["attention_mask"][:, :, None]
         pooled = (states * mask).sum(1) / mask.sum(1)
-    return pooled if scorer.dense is None else scorer.dense(pooled)
+    return torch.nn.functional.normalize(scorer.dense(pooled))
 
 
 def embed(scorer, ids):
-    """Embeddings of texts (token ids), in their order, by as many forward passes as it takes; as embed_rows."""
-    vectors, order = [], []
-    for batch in fill_batches(scorer, single_rows(ids)):
-        vectors.append(embed_rows(scorer, batch))
-        order += indices_of(batch)
-    return torch.cat(vectors)[torch.tensor(order).argsort()]
+    """Embeddings of texts (token ids), in their order: as embed_rows."""
+    return in_batches(scorer, rows_of(scorer, [ids]), embed_rows)
 
 
 def embed_ids(scorer, ids):
     """Embeddings of texts (token ids), each of length 1: a float64 array (texts, width)."""
     with torch.inference_mode():
-        return torch.nn.functional.normalize(embed(scorer, ids).double()).cpu().numpy()
+        return embed(scorer, ids).cpu().numpy()
 
 
 def encode_items(scorer, texts):
@@ -650,19 +626,14 @@ def load_scorer(args):
         scorer = load_pretrained(args, name)
         if args.type == "prompt":
             cut_head(scorer)
-        layout, reason = find_layout(scorer)
-    except torch.OutOfMemoryError:
-        raise UserError(f"model {name} does not fit into the GPU's memory: try a lower --max-tokens") from None
-    except UserError:
+        return scorer._replace(layout=find_layout(scorer))
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
         where = ""
         if isinstance(error, OSError) and not Path(name).is_dir():
             where = "no such folder, and not on the hub (offline, gated, misspelt?): "
         raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
-    if reason:
-        say(f"{name}: {reason}")
-    return scorer._replace(layout=layout)
 
 
 def load_pretrained(args, name):
@@ -690,14 +661,13 @@ def load_pretrained(args, name):
     model.to(device).eval()
     if "cuda" in device:
         torch.cuda.reset_peak_memory_stats(device)
-    pooling, dense = args.pooling, None
+    pooling, dense = args.pooling, torch.nn.Sequential()
     if args.type == "embed":
         pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
-        dense = None if dense is None else dense.to(device)
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
-    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling, dense,
-                  limit, max_tokens, pad=tokenizer.pad_token_id or 0)
+    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling,
+                  dense.to(device, torch.float64), limit, max_tokens, pad=tokenizer.pad_token_id or 0)
 
 
 def family_of(config):
@@ -715,12 +685,11 @@ def family_of(config):
 
 def check_weights(name, score_type, missing):
     """Raise UserError where the model's file lacks weights, which transformers then invents."""
-    if score_type == "embed":
-        missing = [key for key in missing if "pooler" not in key]  # not used
-    if missing and score_type == "prompt":
-        raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
+    missing = [key for key in missing if "pooler" not in key]  # not used
     if missing:
-        raise UserError(f"model {name} has incomplete weights ({min(missing)} is missing)")
+        what = "no LM head" if score_type == "prompt" else "incomplete weights"
+        advice = ": use --type embed" if score_type == "prompt" else ""
+        raise UserError(f"model {name} has {what} ({min(missing)} is missing){advice}")
 
 
 def check_tokenizer(name, tokenizer, model):
@@ -754,30 +723,24 @@ def max_positions(model, tokenizer):
     return min(positions, tokenizer.model_max_length)
 
 
-SENTENCE_MODULES = ["Transformer", "Pooling", "Dense", "Normalize"]  # in this order; a cosine needs no Normalize
-
-
 def sentence_modules(name, pooling, default):
-    """(pooling, dense layer or None): with --pooling auto as the model's own sentence-transformers files say.
+    """(pooling, dense layers after it): with --pooling auto as the model's own sentence-transformers files say.
 
     Raises UserError where they name something that is not supported here.
     """
-    paths = {}
-    kinds = []
-    for module in read_model_file(name, "modules.json") or []:
-        kinds.append(module["type"].rsplit(".", 1)[-1])
-        paths[kinds[-1]] = module["path"]
-    if kinds != [kind for kind in SENTENCE_MODULES if kind in kinds]:
-        raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
-    if pooling == "auto" and "Pooling" in paths:
-        pooling = pooling_of(name, read_model_file(name, f"{paths['Pooling']}/config.json") or {})
-        say(f"{name}: pooling {pooling}, by its sentence-transformers files")
-    if pooling == "auto":
-        pooling = default
-    if "Dense" not in paths:
-        return pooling, None
-    settings = read_model_file(name, f"{paths['Dense']}/config.json") or {}
-    return pooling, load_dense(name, paths["Dense"], settings)
+    dense, kind = torch.nn.Sequential(), None
+    for module in read_model_file(name, "modules.json"):
+        if kind == "Normalize":  # a cosine needs none, if it comes last
+            raise UserError(f"model {name} goes on after Normalize, which is not supported")
+        kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
+        if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
+            raise UserError(f"model {name} embeds through {kind}, which is not supported")
+        if kind == "Pooling" and pooling == "auto":
+            pooling = pooling_of(name, read_model_file(name, f"{path}/config.json"))
+            say(f"{name}: pooling {pooling}, by its sentence-transformers files")
+        if kind == "Dense":
+            dense.append(load_dense(name, path))
+    return default if pooling == "auto" else pooling, dense
 
 
 def pooling_of(name, settings):
@@ -790,18 +753,16 @@ def pooling_of(name, settings):
     return names[modes[0]]
 
 
-def load_dense(name, path, settings):
-    """The dense layer that follows pooling (sentence-T5). Raises UserError where its activation is not supported."""
-    activations = {"Identity": torch.nn.Identity, "Tanh": torch.nn.Tanh}
-    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
-    if activation not in activations:
-        raise UserError(f"model {name}: the dense layer's activation {activation} is not supported")
-    linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
+def load_dense(name, path):
+    """A dense layer that follows pooling (sentence-T5), with its activation."""
     from transformers.modeling_utils import load_state_dict
+    settings = read_model_file(name, f"{path}/config.json")
+    linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
     file = model_file(name, f"{path}/model.safetensors") or model_file(name, f"{path}/pytorch_model.bin")
     weights = {key.removeprefix("linear."): value for key, value in load_state_dict(file).items()}
     linear.load_state_dict(weights)
-    return torch.nn.Sequential(linear, activations[activation]()).requires_grad_(False)
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    return torch.nn.Sequential(linear, getattr(torch.nn, activation)()).requires_grad_(False)
 
 
 def model_file(name, file):
@@ -812,9 +773,9 @@ def model_file(name, file):
 
 
 def read_model_file(name, file):
-    """The JSON value of a file of a model folder or hub id; None where it has no such file."""
+    """The JSON value of a file of a model folder or hub id; {} where it has no such file."""
     path = model_file(name, file)
-    return read_json(path) if path else None
+    return read_json(path) if path else {}
 
 
 def cut_head(scorer):
@@ -825,22 +786,15 @@ def cut_head(scorer):
     """
     model = scorer.model
     answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
-    rows = single_rows([made_up_prompt(scorer, 8, 0)])
+    rows = rows_of(scorer, [[made_up_prompt(scorer, 8, 0)]])
     inputs, position = FAMILIES[scorer.family].inputs(scorer, rows)
     column = position[0, 1]
     with torch.inference_mode():
         expected = model(**inputs).logits[0, column, answers].double()
-    try:
-        replace_head(model, answers)
-        with torch.inference_mode():
-            cut = model(**inputs).logits[0, column].double()
-        difference = (cut - expected).abs().max()
-        right = cut.shape == expected.shape and difference <= tolerance(model.dtype, expected)
-    except (AttributeError, RuntimeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        right = False
-    if not right:
+    replace_head(model, answers)
+    with torch.inference_mode():
+        cut = model(**inputs).logits[0, column].double()
+    if cut.shape != expected.shape or (cut - expected).abs().max() > tolerance(model.dtype, expected):
         raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
 
 
@@ -914,21 +868,20 @@ def made_up_prompt(scorer, length, seed):
 
 
 def find_layout(scorer):
-    """How texts may share a forward pass without changing each other's scores, and why not better: (layout, reason).
+    """The layout (see Scorer) in which texts share a forward pass without changing each other's scores.
 
-    "packed": prompts of a user in one row; "padded": a batch of rows, short ones padded; "equal": a batch of rows of
-    one length. No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on rows
-    as long as any that will be run. Raises UserError where the model gives other scores each time.
+    No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on rows as long as
+    any that will be run. Raises UserError where the model gives other scores each time.
     """
-    reason = None
     if scorer.type == "prompt" and scorer.family == "causal":
-        reason = packing_fault(scorer)
-        if reason is None:
-            return "packed", None
-        reason = f"prompts are scored without packing: {reason}"
+        fault = packing_fault(scorer)
+        if fault is None:
+            return "packed"
+        say(f"{scorer.name}: prompts are scored without packing: {fault}")
     if padding_changes(scorer):
-        return "equal", "padding changes its scores, so a batch holds texts of equal length"
-    return "padded", reason
+        say(f"{scorer.name}: padding changes its scores, so a batch holds texts of equal length")
+        return "equal"
+    return "padded"
 
 
 def packing_fault(scorer):
@@ -940,30 +893,30 @@ def packing_fault(scorer):
         window = getattr(config, key, None)
         if window and window < scorer.limit:  # the mask of a packed row holds no window
             return f"its attention window ({window}) is shorter than a prompt may be ({scorer.limit})"
-    prompts, size = long_row(scorer)
+    prompts = long_row(scorer)
     other_first = prompts[0][:-1] + made_up_prompt(scorer, 1, 0)  # another token in the first suffix
-    packed = scorer._replace(layout="packed", max_tokens=size)
+    packed = scorer._replace(layout="packed", max_tokens=math.inf)  # all in one row
     try:
-        scores = score_in_batches(packed, pack(prompts, 0, size))
-        changed = score_in_batches(packed, pack([other_first, *prompts[1:]], 0, size))
+        scores = scores_or_embeddings(packed, prompts)
+        changed = scores_or_embeddings(packed, [other_first, *prompts[1:]])
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         return f"its forward does not take the mask of packed rows ({type(error).__name__})"
     # (1) leak: the scores of the other suffixes must not move by a single bit
     if (changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
     some = [0, len(prompts) - 1]  # beside the prefix and far from it
-    separate = score_in_batches(scorer, single_rows([prompts[i] for i in some]))
-    difference = np.abs(scores[some] - separate).max()
-    if difference > tolerance(scorer.model.dtype, torch.tensor(separate)):
+    separate = scores_or_embeddings(scorer, [prompts[i] for i in some])
+    difference = (scores[some] - separate).abs().max()
+    if difference > tolerance(scorer.model.dtype, separate):
         return f"packed and separate scores differ by {difference:.2g} (attention depends on the position in the row)"
     return None
 
 
 def long_row(scorer):
-    """(made-up prompts of one user, tokens of their packed row): as many as fill a forward pass, two at least.
+    """Made-up prompts of one user, as many as fill a forward pass in one row, two at least.
 
     As in real rows, suffixes are short and, since the prefix is long, some stand far from it. The first is one token.
     """
@@ -974,7 +927,7 @@ def long_row(scorer):
         length = min(lengths[len(prompts) % 4], max(1, scorer.limit - len(prefix)))
         prompts.append(prefix + made_up_prompt(scorer, length, len(prompts) + 1))
         size += length
-    return prompts, size
+    return prompts
 
 
 def padding_changes(scorer):
@@ -1001,17 +954,16 @@ def padding_changes(scorer):
 
 def scores_or_embeddings(scorer, texts):
     """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
-    rows = single_rows(texts)
+    rows = rows_of(scorer, [texts])
     with torch.inference_mode():
-        if scorer.type == "embed":
-            return torch.nn.functional.normalize(embed_rows(scorer, rows))
-        return score_rows(scorer, rows)
+        return embed_rows(scorer, rows) if scorer.type == "embed" else score_rows(scorer, rows)
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
 # Each is a function of ONE user's scores (higher is better) and labels (0 or 1): float and int arrays (candidates,).
 # The result is the mean over users. Where scores tie, it is the expected value over random order of the tied ones
-# (McSherry & Najork 2008), so a constant scorer gets chance level and never the luck of the sort.
+# (McSherry & Najork 2008), so a constant scorer gets chance level and never the luck of the sort. All but auc need a
+# positive: user_metric leaves out users without.
 
 
 def auc(scores, labels):
@@ -1025,20 +977,23 @@ def auc(scores, labels):
     return wins / (len(positives) * len(negatives))
 
 
+def ranks_of(score, scores):
+    """The ranks at which a score may stand among scores, each equally likely: several where it ties."""
+    above = (scores > score).sum()
+    tied = (scores == score).sum()
+    return np.arange(above + 1, above + tied + 1)
+
+
 def discount(ranks, k):
     """1 / log2(rank + 1) of ranks up to k, 0 beyond."""
     return (ranks <= k) / np.log2(ranks + 1)
 
 
 def ndcg(scores, labels, k):
-    """nDCG@k: the discounted gain of the positives' ranks, as a share of the best that there is. NaN without any."""
-    if not labels.any():
-        return math.nan
+    """nDCG@k: the discounted gain of the positives' ranks, as a share of the best that there is."""
     gain = 0.0
     for score in scores[labels == 1]:
-        above = (scores > score).sum()
-        tied = (scores == score).sum()
-        gain += discount(np.arange(above + 1, above + tied + 1), k).mean()  # any of its tied ranks, equally likely
+        gain += discount(ranks_of(score, scores), k).mean()
     best = discount(np.arange(1, labels.sum() + 1), k).sum()
     return gain / best
 
@@ -1050,26 +1005,22 @@ def first_positive(scores, labels):
     them with probability C(g - j, p - 1) / C(g, p).
     """
     top = scores[labels == 1].max()
-    above = (scores > top).sum()
-    tied = int((scores == top).sum())
+    tied = ranks_of(top, scores)
     positives = int(labels[scores == top].sum())
-    order = np.arange(1, tied - positives + 2)
-    chances = [math.comb(tied - int(j), positives - 1) / math.comb(tied, positives) for j in order]
-    return above + order, np.array(chances)
+    ranks = tied[:len(tied) - positives + 1]
+    ways = math.comb(len(tied), positives)
+    chances = [math.comb(len(tied) - j, positives - 1) / ways for j in range(1, len(ranks) + 1)]
+    return ranks, np.array(chances)
 
 
 def mrr(scores, labels):
-    """1 / rank of the first positive. NaN without any."""
-    if not labels.any():
-        return math.nan
+    """1 / rank of the first positive."""
     ranks, chances = first_positive(scores, labels)
     return (chances / ranks).sum()
 
 
 def hit(scores, labels, k):
-    """1 where a positive is at a rank up to k, else 0. NaN without any."""
-    if not labels.any():
-        return math.nan
+    """1 where a positive is at a rank up to k, else 0."""
     ranks, chances = first_positive(scores, labels)
     return chances[ranks <= k].sum()
 
@@ -1077,10 +1028,8 @@ def hit(scores, labels, k):
 def lrap(scores, labels):
     """Label-ranking average precision: the mean over positives of the share of positives among what scores as high.
 
-    As scikit-learn's, pessimistic where scores tie. The authors' code prints it under the name MRR. NaN without any.
+    As scikit-learn's, pessimistic where scores tie. The authors' code prints it under the name MRR.
     """
-    if not labels.any():
-        return math.nan
     precisions = []
     for score in scores[labels == 1]:
         as_high = scores >= score
@@ -1092,7 +1041,9 @@ METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap"
 
 
 def user_metric(name, scores, labels):
-    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see mean_metric."""
+    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see weighted_auc."""
+    if not labels.any():
+        return math.nan
     name, _, k = name.partition("@")
     if name == "group_auc":  # the authors' code: GAUC
         return auc(scores, labels)
@@ -1109,26 +1060,15 @@ def metric_per_user(name, users):
 
 
 def mean_metric(name, users):
-    """One of METRIC_NAMES over users, [(scores, labels)]: a float, NaN where it is undefined for all.
-
-    Raises UserError where a score is NaN or infinite, or where there are none.
-    """
-    scores = np.concatenate([scores for scores, _ in users] or [[]])
-    if not len(scores):
-        raise UserError("there are no samples to compute metrics from")
-    bad = (~np.isfinite(scores)).sum()
-    if bad:
-        raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
-    if name == "auc":
-        return float(auc(scores, np.concatenate([labels for _, labels in users])))
-    return weighted_mean(metric_per_user(name, users), np.ones(len(users)))
+    """One of METRIC_NAMES over users, [(scores, labels)]: a float, NaN where it is undefined for all."""
+    return float(bootstrap(name, users, draws=0)[0])
 
 
-def weighted_mean(values, weights):
-    """The mean of values (users,) without NaN entries; NaN where no other has a weight."""
+def weighted_mean(values, times):
+    """The mean of values (users,) without NaN entries, each user counted so many times; NaN where none counts."""
     counted = ~np.isnan(values)
-    total = weights[counted].sum()
-    return float(values[counted] @ weights[counted] / total) if total else math.nan
+    total = times[counted].sum()
+    return values[counted] @ times[counted] / total if total else math.nan
 
 
 def reciprocal_rank_average(table, k):
@@ -1150,9 +1090,7 @@ def reciprocal_rank_average(table, k):
             continue
         values = np.array(list(column.values()))
         for source, value in column.items():
-            above = (values > value).sum()
-            tied = (values == value).sum()
-            ranks = np.arange(above + 1, above + tied + 1)
+            ranks = ranks_of(value, values)
             terms[source].append(np.mean((ranks <= k) / ranks))
     return {source: float(np.mean(values)) if values else None for source, values in terms.items()}
 
@@ -1164,46 +1102,41 @@ def bootstrap(name, users, draws=1000, seed=0):
 
     NaN where undefined. Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron
     1979). Which are drawn depends on the seed and the number of users alone: the arrays of two models on the same users
-    are paired, and may be subtracted.
+    are paired, and may be subtracted. Raises UserError where a score is NaN or infinite.
     """
-    result = [mean_metric(name, users)]
+    scores = np.concatenate([scores for scores, _ in users])
+    bad = (~np.isfinite(scores)).sum()
+    if bad:
+        raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
     if name == "auc":
-        samples = sort_samples(users)
+        statistic, values = weighted_auc, all_samples(users)
     else:
-        values = metric_per_user(name, users)
+        statistic, values = weighted_mean, metric_per_user(name, users)
     rng = np.random.default_rng(seed)
-    for _ in range(draws):
+    times = np.ones(len(users), int)  # at first each user counts once
+    result = []
+    for _ in range(1 + draws):
+        result.append(statistic(values, times))
         times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))  # each user was drawn
-        if name == "auc":
-            result.append(weighted_auc(*samples, times))
-        else:
-            result.append(weighted_mean(values, times))
     return np.array(result)
 
 
-def sort_samples(users):
-    """(user, label, start) of all samples in the order of their scores.
-
-    user, label: arrays (samples,); start: where each group of samples of one score begins, the lowest first.
-    """
+def all_samples(users):
+    """(user, label, group) of the samples of all users: arrays (samples,); group 0 has the lowest score, 1 the next."""
     user = np.repeat(np.arange(len(users)), [len(scores) for scores, _ in users])
-    scores = np.concatenate([scores for scores, _ in users])
-    labels = np.concatenate([labels for _, labels in users])
-    order = np.argsort(scores)
-    _, start = np.unique(scores[order], return_index=True)
-    return user[order], labels[order], start
+    label = np.concatenate([labels for _, labels in users])
+    _, group = np.unique(np.concatenate([scores for scores, _ in users]), return_inverse=True)
+    return user, label, group
 
 
-def weighted_auc(user, label, start, times):
-    """AUC over all samples, each counted as often as its user was drawn, times (users,); auc's sums, by group."""
-    weight = times[user]
-    positives = np.add.reduceat(weight * label, start)
-    negatives = np.add.reduceat(weight * (1 - label), start)
+def weighted_auc(samples, times):
+    """AUC over all samples, each counted as often as its user, times (users,); auc's sums, by group of one score."""
+    user, label, group = samples
+    positives = np.bincount(group, times[user] * label)
+    negatives = np.bincount(group, times[user] * (1 - label))
     pairs = positives.sum() * negatives.sum()
-    if not pairs:
-        return math.nan
     below = np.cumsum(negatives) - negatives
-    return positives @ (below + negatives / 2) / pairs
+    return positives @ (below + negatives / 2) / pairs if pairs else math.nan
 
 
 def estimate(drawn):
@@ -1262,19 +1195,15 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON value of a file. Raises UserError where it is missing or not JSON."""
+    """The JSON value of a file. Raises UserError where it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def read_lines(path):
-    """Yield (line number, JSON object) of a .jsonl file. Raises UserError where it is missing or broken."""
-    if not Path(path).exists():
-        raise UserError(f"{path} is missing")
+    """Yield (line number, JSON object) of a .jsonl file. Raises UserError where a line is broken."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -1316,8 +1245,8 @@ def check_datasets(names, data, split):
 
 def prepared(data, split):
     """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
-    found = [path.parent.name for path in Path(data).glob(f"*/{split}.jsonl")]
-    found = [name for name in found if not name.startswith(".")]  # a dataset that is being written: see prepare_data.py
+    # a folder that starts with a dot is a dataset that is being written: see prepare_data.py
+    found = [path.parent.name for path in Path(data).glob(f"[!.]*/{split}.jsonl")]
     names = [name for name in DOMAINS if name in found]
     return names + sorted(set(found) - set(names))
 
@@ -1383,10 +1312,8 @@ def user_fault(user, items):
         if not isinstance(ids, list):
             return f'"{key}" must be a list of item ids'
         for item in ids:
-            if not isinstance(item, str):
-                return f'"{key}" holds {item!r}, and an item id is a string'
-            if item not in items:
-                return f'"{key}" holds the item {item!r}, which items.jsonl lacks'
+            if not isinstance(item, str) or item not in items:
+                return f'"{key}" holds {item!r}, which is no item id of items.jsonl'
     labels = user.get("labels")
     if not user["candidates"] or not isinstance(labels, list) or len(labels) != len(user["candidates"]):
         return '"labels" must hold one label per candidate, and there must be at least one candidate'
@@ -1421,14 +1348,26 @@ def model_identity(model):
     return f"sha256 {folder_sha256(name)}" if Path(name).is_dir() else name
 
 
-def job_state(place, job, found, finished, overwrite):
+def job_of(args, free):
+    """What an output is made of: a dict of the arguments and of what prompt, dtype and model mean.
+
+    Without the arguments that change no result: those named here and in `free`.
+    """
+    free = ("data", "out", "device", "overwrite", "trust_remote_code", "max_tokens", *free)
+    job = {key: value for key, value in vars(args).items() if key not in free}
+    job["prompt"] = load_prompt(args.prompt)
+    job["dtype"] = placement(args)[1]
+    job["model"] = model_identity(args.model)
+    return job
+
+
+def job_state(place, job, found, finished):
     """What to do about an output at `place`: "start", "continue" or "finished".
 
-    job: what the output is made of, a dict of JSON values. found: the job that stands beside what is there, {} where
-    there is none, None where there is nothing at all. Raises UserError where that is another job and --overwrite is not
-    given.
+    found: the job that stands beside what is there, {} where there is none, None where there is nothing at all. Raises
+    UserError where that is another job.
     """
-    if found is None or overwrite:
+    if found is None:
         return "start"
     if not found:
         raise UserError(f"{place} was not made by this script, or parts of it are gone: "

@@ -55,8 +55,7 @@ def main(argv=None):
     say_warnings(args, run, metas)
     jobs = {name: job_of(args, name) for name in metas}
     states = {name: state_of(args, name, job) for name, job in jobs.items()}  # what is in the way is said at once
-    if args.against:
-        check_against(args, jobs)
+    compared = check_against(args, jobs) if args.against else []
     scorer = None
     results = []
     for name, state in states.items():
@@ -76,8 +75,8 @@ def main(argv=None):
         results.append(finish(args, name, users, items, scorer, jobs[name], cost))
     domains = {**common.domains_of(metas), **run.get("domains", {})}
     print(table(results, run.get("train_chain", []), domains))
-    if args.against:
-        print("\n" + against(args, results))
+    if compared:
+        print("\n" + against(args, compared))
 
 # ------------------------------------------------------------------------------------------------ before scoring
 
@@ -116,35 +115,31 @@ def scores_path(out, name):
 
 def job_of(args, name):
     """What the scores of a dataset are made of: scores of another job are never taken for these."""
-    keys = ("type", "chat_template", "pooling", "max_length", "split", "limit_users", "history", "seed")
-    job = {key: getattr(args, key) for key in keys}
-    job["prompt"] = common.load_prompt(args.prompt)
+    job = common.job_of(args, ("test", "against"))
     job["adapter"] = common.adapter_identity(args.adapter)
+    job["data_sha256"] = common.data_sha256(args.data, name)
     if args.model in BASELINES:
         job["model"], job["dtype"] = args.model, None
-    else:
-        job["model"], job["dtype"] = common.model_identity(args.model), common.placement(args)[1]
-    job["data_sha256"] = common.data_sha256(args.data, name)
     return job
 
 
 def state_of(args, name, job):
     """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
+    if args.overwrite:
+        return "start"
     result, scores = result_path(args.out, name), scores_path(args.out, name)
     found = None
     if scores.exists():
         found = job_of_scores(scores)
     elif result.exists():
         found = {}  # somebody else's file, or one whose scores are gone
-    return common.job_state(Path(args.out, name), job, found, result.exists(), args.overwrite)
+    return common.job_state(Path(args.out, name), job, found, result.exists())
 
 
 def job_of_scores(path):
-    """The job in the first line of a scores file; {} where it is somebody else's file, None where the line is torn."""
+    """The job in the first line of a scores file; {} where it is somebody else's file."""
     with open(path, "rb") as file:
         first = file.readline()
-    if not first.endswith(b"\n"):
-        return None
     try:
         return dict(json.loads(first)["job"])
     except (ValueError, KeyError, TypeError):
@@ -152,7 +147,7 @@ def job_of_scores(path):
 
 
 def check_against(args, jobs):
-    """Raise UserError unless --against holds results of the same users and candidates for one dataset at least."""
+    """The datasets that --against holds, too. Raises UserError where it holds none, or other users or candidates."""
     shared = [name for name in jobs if result_path(args.against, name).exists()]
     if not shared:
         raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
@@ -165,6 +160,7 @@ def check_against(args, jobs):
             if other.get(key) != jobs[name][key]:
                 raise UserError(f"{result_path(args.against, name)} was made on other users or candidates "
                                 f"({key} differs): a paired difference needs the same")
+    return shared
 
 # ------------------------------------------------------------------------------------------------------- scoring
 
@@ -180,25 +176,25 @@ def score_users(args, name, users, items, scorer, job, state):
     chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
     chosen_by = read_choices(args, name) if args.model in BASELINES else None
     known = {}  # embeddings of items
-    cost = {"samples": 0, "tokens_scored": 0, "tokens_unpacked": 0}
+    cost = {"samples_scored": 0, "tokens_scored": 0, "tokens_unpacked": 0}
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
     for start in range(done, len(users), chunk):
         batch = [with_history(args, users, i) for i in range(start, min(start + chunk, len(users)))]
         if args.model in BASELINES:
-            scores, took = baseline_scores(args, name, batch, chosen_by), {}
+            scores = baseline_scores(args, name, batch, chosen_by)
+            took = {"tokens_scored": 0, "tokens_unpacked": 0, "dropped": [0] * len(batch)}
         else:
             scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in batch], known)
-        lines = score_lines(name, batch, scores, took)
+        lines = score_lines(name, batch, scores, took["dropped"])
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"job": job}) + "\n", encoding="utf-8")
+            common.write_atomically(path, json.dumps({"job": job}) + "\n")
         with open(path, "a", encoding="utf-8") as file:
             file.write(lines)
         progress.update(len(batch))
-        cost["samples"] += sum(map(len, scores))
+        cost["samples_scored"] += sum(map(len, scores))
         for key in ("tokens_scored", "tokens_unpacked"):
-            cost[key] += took.get(key, 0)
+            cost[key] += took[key]
     progress.close()
     return cost
 
@@ -223,15 +219,15 @@ def with_history(args, users, i):
     return {**user, "history": [item for item in others if item not in user["candidates"]]}
 
 
-def score_lines(name, batch, scores, took):
+def score_lines(name, batch, scores, dropped):
     """The lines of users in the scores file. Raises UserError where a score is no number."""
     lines = ""
-    for i, (user, values) in enumerate(zip(batch, scores)):
+    for user, values, cut in zip(batch, scores, dropped):
         if not np.isfinite(values).all():
             raise UserError(f"{name}: scores of user {user['user']} are NaN or infinite; try --dtype float32")
         line = {"user": user["user"], "scores": values.tolist()}
-        if took.get("dropped", [0] * len(batch))[i]:
-            line["dropped"] = took["dropped"][i]  # so many of the oldest items of the history did not fit
+        if cut:
+            line["dropped"] = cut  # so many of the oldest items of the history did not fit
         lines += json.dumps(line) + "\n"
     return lines
 
@@ -241,18 +237,14 @@ def finish(args, name, users, items, scorer, job, cost):
     scored, histories_cut = read_scores(scores_path(args.out, name), users)
     labels = np.concatenate([labels for _, labels in scored])
     metrics = common.evaluate_users(scored, seed=args.seed)
-    interval = metrics["ci"]["group_auc"]
-    collapsed = False  # chance is inside the interval, and the interval is narrow
-    if interval is not None:
-        low, high = interval
-        collapsed = low <= 0.5 <= high and high - low < 0.1
+    low, high = metrics["ci"]["group_auc"] or [0, 1]  # undefined: it may be anything
+    collapsed = low <= 0.5 <= high and high - low < 0.1  # chance is inside the interval, and the interval is narrow
     result = {
         "dataset": name, "split": args.split, "type": args.type, "model": common.model_name(args.model),
         "adapter": args.adapter, "n_users": len(users), "n_samples": len(labels), "n_positives": int(labels.sum()),
         **metrics, "collapsed": collapsed,
         "truncated": {"texts": common.count_long_texts(users, items), "histories": histories_cut},
-        "seconds": cost["seconds"], "samples_per_s": cost["samples"] / cost["seconds"],
-        "tokens_scored": cost["tokens_scored"], "tokens_unpacked": cost["tokens_unpacked"],
+        **cost, "samples_per_s": cost["samples_scored"] / cost["seconds"],
         "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
         "data_sha256": job["data_sha256"], "seed": args.seed, "arguments": vars(args),
         "versions": common.versions()}
@@ -271,17 +263,14 @@ def read_scores(path, users):
 
     Raises UserError where the file does not fit the users.
     """
+    lines = [line for _, line in common.read_lines(path)][1:]  # the first is the job
+    found = [(line.get("user"), len(line.get("scores", []))) for line in lines]
+    if found != [(user["user"], len(user["labels"])) for user in users]:
+        raise UserError(f"{path} does not hold the scores of the split's users; --overwrite scores it again")
     scored, cut = [], 0
-    for number, line in common.read_lines(path):
-        if number == 1:  # the job
-            continue
-        user = users[number - 2] if number - 2 < len(users) else {}
-        if line.get("user") != user.get("user") or len(line.get("scores", [])) != len(user.get("labels", [])):
-            raise UserError(f"{path}, line {number}: not the scores of the split's user; --overwrite scores it again")
+    for line, user in zip(lines, users):
         scored.append((np.array(line["scores"], float), np.array(user["labels"])))
         cut += "dropped" in line
-    if len(scored) != len(users):
-        raise UserError(f"{path} holds {len(scored)} of {len(users)} users; --overwrite scores it again")
     return scored, cut
 
 # ----------------------------------------------------------------------------------- baselines without a model
@@ -353,20 +342,18 @@ def table(results, train, domains):
     return f"{common.markdown_table(rows)}\n{note}"
 
 
-def against(args, results):
-    """The paired differences from the results in --against, as a Markdown table."""
+def against(args, names):
+    """The paired differences on these datasets from the results in --against, as a Markdown table."""
     rows = [[f"difference from {args.against}", "users", *SHOWN]]
-    for result in results:
-        name = result["dataset"]
-        if not result_path(args.against, name).exists():
-            continue
+    for name in names:
         users, _ = common.read_users(args.data, name, args.split, args.limit_users)
         ours, _ = read_scores(scores_path(args.out, name), users)
         theirs, _ = read_scores(scores_path(args.against, name), users)
         row = [name, str(len(users))]
         for metric in SHOWN:  # one seed: the same users are drawn for both
-            difference = common.bootstrap(metric, ours, seed=args.seed) - common.bootstrap(metric, theirs, seed=args.seed)
-            row.append(show(common.estimate(difference), "+"))
+            our_draws = common.bootstrap(metric, ours, seed=args.seed)
+            their_draws = common.bootstrap(metric, theirs, seed=args.seed)
+            row.append(show(common.estimate(our_draws - their_draws), "+"))
         rows.append(row)
     note = "[95% intervals of the paired difference; by chance alone, 1 in 20 excludes 0]"
     return f"{common.markdown_table(rows)}\n{note}"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
+from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 import common
@@ -70,11 +70,8 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     join_processes(args)
-    metas = check_train(args)
+    metas, earlier = check_inputs(args)
     test_sets = common.check_datasets(common.prepared(args.data, "test"), args.data, "test")
-    earlier = common.read_run(args.init_adapter, args) if args.init_adapter else {}
-    if earlier:
-        take_shape(args)
     job = job_of(args)
     status, state = saved_state(args, job)
     if status == "finished":
@@ -101,7 +98,7 @@ def main(argv=None):
         "beats_base": state["best"]["step"] > 0, "unstable": unstable(state["curve"]),
         "truncated": truncated, "job": job, "arguments": vars(args), "versions": common.versions()}
     if processes()[0] == 0:
-        save_run(args, scorer, state["best_parameters"], run)
+        save_run(args, scorer, run)
         report(args, run, test_sets)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -124,13 +121,14 @@ def fine_tune(args, scorer, train, valid, state, job):
                  "curve": [],  # evaluations: step, metric by dataset, their mean
                  "log": [],  # the lines of log.jsonl: of every step and evaluation
                  "best": None, "best_parameters": None, "evaluations_since_best": 0}  # for early stopping
-        record(args, state, parameters, validate(args, scorer, valid), {})  # the base model: an adapter must beat it
-        save_state(args, state, parameters, optimizer, job)
+        record(args, state, parameters, validate(args, scorer, valid))  # the base model: an adapter must beat it
     else:
-        restore(args, state, parameters, optimizer)
+        set_parameters(parameters, state["parameters"])
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"continuing {args.out} after step {state['steps']}")
+    save_state(args, state, parameters, optimizer, job)  # of a killed run, too, whose log may lag behind
 
     batches = None
-    samples, tokens, started = 0, 0, time.perf_counter()  # since the last evaluation
     rank, _ = processes()
     progress = tqdm(total=last_step, initial=state["steps"], desc="fine-tuning", unit="step", disable=rank > 0)
     while state["steps"] < last_step and state["evaluations_since_best"] < args.patience:
@@ -139,31 +137,37 @@ def fine_tune(args, scorer, train, valid, state, job):
             batches = epoch_batches(train, args.seed, epoch, args.batch_size)
         batch = batches[number]
         torch.manual_seed(common.digest(args.seed, state["steps"], rank))  # dropout: a restart draws the same
-        loss, batch_tokens = train_step(scorer, optimizer, train, batch)
+        started = time.perf_counter()
+        loss, tokens = train_step(scorer, optimizer, train, batch)
+        seconds = time.perf_counter() - started
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} after {state['steps']} steps: lower --lr (now {args.lr:g})")
         state["steps"] += 1
         state["samples"] += len(batch)
-        state["log"].append({"step": state["steps"], "epoch": epoch, "loss": loss})
-        samples += len(batch)
-        tokens += batch_tokens
+        state["seconds"] += seconds
+        state["log"].append({"step": state["steps"], "epoch": epoch, "loss": loss,
+                             "samples_per_s": len(batch) / seconds, "tokens_per_s": tokens / seconds,
+                             "peak_memory_gb": common.peak_memory_gb(scorer.model.device)})
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         progress.update()
         if state["steps"] % eval_every == 0 or state["steps"] == last_step:
-            seconds = time.perf_counter() - started
-            speed = {"samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds,
-                     "peak_memory_gb": common.peak_memory_gb(scorer.model.device)}
-            record(args, state, parameters, validate(args, scorer, valid), speed)
-            state["seconds"] += time.perf_counter() - started
+            record(args, state, parameters, validate(args, scorer, valid))
             save_state(args, state, parameters, optimizer, job)
-            samples, tokens, started = 0, 0, time.perf_counter()
     progress.close()
+    set_parameters(parameters, state["best_parameters"])
     return state
 
 
 def trained_parameters(scorer):
     """The parameters of the adapter, which alone are trained."""
     return [parameter for parameter in scorer.model.parameters() if parameter.requires_grad]
+
+
+def set_parameters(parameters, values):
+    """Copy values (tensors) into the parameters."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)
 
 
 def epoch_batches(train, seed, epoch, batch_size):
@@ -205,7 +209,7 @@ def train_step(scorer, optimizer, train, batch):
         total_tokens += tokens
     if world > 1:
         total = torch.tensor([mean_loss, total_tokens], dtype=torch.float64, device=scorer.model.device)
-        add_up(optimizer.param_groups[0]["params"], total)
+        add_up(trained_parameters(scorer), total)
         mean_loss, total_tokens = total.tolist()
     optimizer.step()
     return mean_loss, total_tokens
@@ -231,28 +235,21 @@ def prompt_losses(scorer, train, samples):
 
 
 def embed_losses(scorer, train, samples):
-    """Yield (loss, tokens) of each part of a batch: squared error of cosine(user, item) and label, summed over samples.
+    """Yield (loss, tokens) of each user in a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    Of train's texts, the first is the user's history, the others are the candidates. A history is encoded once per
-    part.
+    Of train's texts, the first is the user's history, the others are the candidates.
     """
-    pairs = []
+    per_user = {}
     for user, candidate in samples:
-        texts, _ = train[user]
-        pairs.append(texts[0] + texts[candidate + 1])
-    for part in common.fill_batches(scorer, common.single_rows(pairs)):
-        part = [samples[i] for i in common.indices_of(part)]
-        users = list(dict.fromkeys(user for user, _ in part))
-        histories = [train[user][0][0] for user in users]
-        items, labels, of_user = [], [], []
-        for user, candidate in part:
-            texts, user_labels = train[user]
-            items.append(texts[candidate + 1])
-            labels.append(user_labels[candidate])
-            of_user.append(users.index(user))
-        cosines = cosine_similarity(common.embed(scorer, histories)[of_user], common.embed(scorer, items))
+        per_user.setdefault(user, []).append(candidate)
+    for user, candidates in per_user.items():
+        texts, user_labels = train[user]
+        items = [texts[candidate + 1] for candidate in candidates]
+        labels = [user_labels[candidate] for candidate in candidates]
+        vectors = common.embed(scorer, [texts[0], *items])  # of length 1
+        cosines = vectors[1:] @ vectors[0]
         loss = (cosines - cosines.new_tensor(labels)).square().sum()
-        yield loss, sum(map(len, histories + items))
+        yield loss, len(texts[0]) + sum(map(len, items))
 
 
 def validate(args, scorer, valid):
@@ -268,16 +265,13 @@ def validate(args, scorer, valid):
             scores, _ = common.scores_of(scorer, batch, known)
             for user, values in zip(batch, scores):
                 scored.append((values, np.array(user["labels"])))
-        everyone = []
-        for part in gather(scored):
-            everyone += part
-        result[name] = common.mean_metric(args.valid_metric, everyone)
+        result[name] = common.mean_metric(args.valid_metric, gather(scored))
         if math.isnan(result[name]):
             raise UserError(f"{args.valid_metric} is undefined on the validation users of {name}: prepare more of them")
     return result
 
 
-def record(args, state, parameters, by_dataset, speed):
+def record(args, state, parameters, by_dataset):
     """Put an evaluation, {dataset: metric}, into the state, and the parameters if they are the best so far."""
     point = {"step": state["steps"], "valid": by_dataset, "mean": float(np.mean(list(by_dataset.values())))}
     better = state["best"] is None or point["mean"] > state["best"]["mean"]
@@ -287,7 +281,7 @@ def record(args, state, parameters, by_dataset, speed):
         state["best_parameters"] = [parameter.detach().cpu().clone() for parameter in parameters]
         state["evaluations_since_best"] = 0
     state["curve"].append(point)
-    state["log"].append({**point, **speed})
+    state["log"].append(point)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in by_dataset.items())
     say(f"step {point['step']}: {args.valid_metric} {point['mean']:.4f} ({shown}){' *' if better else ''}")
 
@@ -300,10 +294,20 @@ def unstable(curve, fall=0.05):
 # ---------------------------------------------------------------------------------------------------- data and adapter
 
 
-def check_train(args):
-    """{dataset: meta.json} of the datasets to train and validate on. Raises UserError where one is missing."""
+def check_inputs(args):
+    """({dataset: meta.json}, run.json of --init-adapter, whose shape then stands in the LoRA flags, or {}).
+
+    Raises UserError where a dataset or that run is missing.
+    """
     metas = common.check_datasets(args.train, args.data, "train")
-    return {**metas, **common.check_datasets(args.valid, args.data, "valid")}
+    metas = {**metas, **common.check_datasets(args.valid, args.data, "valid")}
+    earlier = {}
+    if args.init_adapter:
+        earlier = common.read_run(args.init_adapter, args)
+        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
+        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
+        args.lora_targets = shape["target_modules"]
+    return metas, earlier
 
 
 def read_valid(args):
@@ -340,20 +344,13 @@ def read_train(args, scorer):
     return train, truncated
 
 
-def take_shape(args):
-    """The LoRA flags that --init-adapter's own shape decides."""
-    shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
-    args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
-    args.lora_targets = shape["target_modules"]
-    say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
-
-
 def add_lora(args, scorer):
     """The scorer with a LoRA adapter to train: a new one, or that of --init-adapter. Raises UserError if none fits."""
     import peft
     if args.gradient_checkpointing:
         scorer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.init_adapter:
+        say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
         return common.load_adapter(scorer, args.init_adapter, trainable=True)
     targets = args.lora_targets or default_targets(scorer)
     config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
@@ -390,15 +387,8 @@ def default_targets(scorer):
 
 
 def job_of(args):
-    """What a run is made of: a folder made by another job is not continued. What changes no result is left out."""
-    free = ("data", "out", "device", "overwrite", "init_adapter", "trust_remote_code", "max_tokens",
-            "gradient_checkpointing")  # a run that ran out of memory may go on with less
-    if args.init_adapter:
-        free += ("lora_r", "lora_alpha", "lora_dropout", "lora_targets")  # the adapter brings its own shape
-    job = {key: value for key, value in vars(args).items() if key not in free}
-    job["prompt"] = common.load_prompt(args.prompt)
-    job["dtype"] = common.placement(args)[1]
-    job["model"] = common.model_identity(args.model)
+    """What a run is made of: a folder made by another job is not continued."""
+    job = common.job_of(args, ("gradient_checkpointing",))
     job["init_adapter"] = common.adapter_identity(args.init_adapter)
     job["data_sha256"] = {}
     for name in sorted({*args.train, *args.valid}):
@@ -422,7 +412,7 @@ def saved_state(args, job):
         found = common.read_job(run_path)
     elif Path(args.out, ADAPTER_FILES[0]).exists():
         found = {}  # somebody else's adapter
-    status = common.job_state(args.out, job, found, state is None, args.overwrite)
+    status = common.job_state(args.out, job, found, state is None)
     return status, state
 
 
@@ -439,31 +429,12 @@ def save_state(args, state, parameters, optimizer, job):
         raise UserError(f"{path} cannot be written: {error}") from None
     os.replace(f"{path}.tmp", path)
     Path(args.out, "run.json").unlink(missing_ok=True)  # of an earlier run: only now is there something in its place
-    write_log(args, state)
+    lines = [json.dumps(line) + "\n" for line in state["log"]]
+    common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
 
 
-def write_log(args, state):
-    """Write log.jsonl from the state."""
-    if processes()[0] == 0:
-        lines = [json.dumps(line) + "\n" for line in state["log"]]
-        common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
-
-
-def restore(args, state, parameters, optimizer):
-    """Put what save_state wrote back into the parameters and the optimizer."""
-    with torch.no_grad():
-        for parameter, saved in zip(parameters, state["parameters"]):
-            parameter.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    write_log(args, state)  # the kill may have come between the two files
-    say(f"continuing {args.out} after step {state['steps']}")
-
-
-def save_run(args, scorer, best_parameters, run):
-    """Write the best adapter in peft's format and, when it is whole, run.json."""
-    with torch.no_grad():
-        for parameter, best in zip(trained_parameters(scorer), best_parameters):
-            parameter.copy_(best)
+def save_run(args, scorer, run):
+    """Write the adapter in peft's format and, when it is whole, run.json."""
     temporary = Path(args.out, "adapter.tmp")
     scorer.model.save_pretrained(temporary, save_embedding_layers=False)
     for name in ADAPTER_FILES:
@@ -509,12 +480,13 @@ def processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def gather(value):
-    """The values of all processes, in the order of their ranks, in each of them."""
-    values = [value] * processes()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+def gather(values):
+    """The lists of all processes as one, in the order of their ranks; the same in each process."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return sum(lists, [])
 
 
 def add_up(parameters, total):

@@ -27,6 +27,7 @@ from common import UserError, say
 
 ZERO = "zero-shot"  # the row of the base model
 DRAWS = 1000  # of the bootstrap, per cell
+SAME = ("setting", "target", "source", "data_sha256", "n_users", "split", "history")  # of cells to be compared
 SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -123,7 +124,7 @@ def find_missing(args):
     for source in [ZERO, *args.sources]:
         if source != ZERO:
             run_args = finetune.arguments(command(args, source, None)[1])
-            finetune.check_train(run_args)
+            finetune.check_inputs(run_args)
             state, _ = finetune.saved_state(run_args, finetune.job_of(run_args))
             if state != "finished":
                 missing.append((source, None))
@@ -181,7 +182,7 @@ def analyse(args, failed):
                 continue
             result, cell_draws = read_result(args, source, target)
             cell.update(result)
-            if cell_draws is None:
+            if cell["value"] is None:  # the metric is undefined
                 continue
             draws[source, target] = cell_draws
             if source != ZERO and (ZERO, target) in draws:
@@ -199,14 +200,12 @@ def analyse(args, failed):
 
 
 def read_result(args, source, target):
-    """(what a cell takes from evaluate.py's result, its draws or None where the metric is undefined)."""
+    """(what a cell takes from evaluate.py's result, its draws)."""
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
     kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256", "split")}
     kept["history"] = result["arguments"]["history"]
     kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
-    if kept["value"] is None:
-        return kept, None
     users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
     scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
     seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
@@ -242,17 +241,16 @@ def rank_averages(args, draws):
 
 def joint_gain(cells, draws):
     """H - G, what a target's own data adds to joint training: {target: estimate}, where there are cells of both."""
-    by_target = {}  # {target: {letter: [draws]}}
+    found = {}  # {(target, letter): [draws]}
     for cell in cells:
         key = cell["source"], cell["target"]
         if key in draws:
-            by_letter = by_target.setdefault(cell["target"], {})
-            by_letter.setdefault(cell["setting"], []).append(draws[key])
+            found.setdefault((cell["target"], cell["setting"]), []).append(draws[key])
     result = {}
-    for target, by_letter in by_target.items():
-        if "G" in by_letter and "H" in by_letter:
-            with_target = np.mean(by_letter["H"], axis=0)
-            without = np.mean(by_letter["G"], axis=0)
+    for target, letter in found:
+        if letter == "H" and (target, "G") in found:
+            with_target = np.mean(found[target, "H"], axis=0)
+            without = np.mean(found[target, "G"], axis=0)
             result[target] = common.estimate(with_target - without)
     return result
 
@@ -375,10 +373,9 @@ def compare(folders):
         rows.append([f"{matrix['model']}, {matrix['type']} ({folder})"])
         values.append({})
         for cell in matrix["cells"]:
-            key = (matrix["metric"], cell["setting"], cell["target"], cell["source"])
             if cell["value"] is not None:
-                users = (cell["data_sha256"], cell["n_users"], cell["split"], cell["history"])
-                values[-1][*key, *users] = cell["value"]
+                key = [cell[name] for name in SAME]
+                values[-1][matrix["metric"], *key] = cell["value"]
     shared = set(values[0]).intersection(*values)
     if not shared:
         raise UserError("the matrices share no cell: their metrics, sources, targets or test users differ")
@@ -404,10 +401,8 @@ WHITE, BLUE, ORANGE = (246, 246, 244), (92, 152, 214), (226, 128, 66)
 def draw_svg(matrix):
     """The matrix as a heat map (SVG text): blue better, orange worse than zero-shot, the darker the more."""
     targets = matrix["targets"]
-    limit = 0.05  # the gain of the darkest colour
-    for cell in matrix["cells"]:
-        if cell["gain"]:
-            limit = max(limit, abs(cell["gain"]["value"]))
+    gains = [abs(cell["gain"]["value"]) for cell in matrix["cells"] if cell["gain"]]
+    limit = max([0.05, *gains])  # the gain of the darkest colour
     title = f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based"
     key = "Row: trained on. Column: tested on. In a cell: setting, value, gain over zero-shot."
     parts = [svg_text(20, 34, title, 18, "start"), svg_text(20, 56, key, 12, "start")]
@@ -415,15 +410,15 @@ def draw_svg(matrix):
         x = LEFT + WIDTH * (i + 0.5)
         parts.append(svg_text(x, TOP - 26, target, 13))
         parts.append(svg_text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
-    bottom = TOP
     for i, cell in enumerate(matrix["cells"]):
-        column = i % len(targets)
-        if column == 0:  # a new row
+        row, column = divmod(i, len(targets))
+        x, y = LEFT + WIDTH * column, TOP + HEIGHT * row
+        if column == 0:
             names = textwrap.wrap(cell["source"].replace("+", " + "), 24, max_lines=4, placeholder=" ...")
             for n, name in enumerate(names):
-                parts.append(svg_text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
-            bottom += HEIGHT
-        parts += draw_cell(LEFT + WIDTH * column, bottom - HEIGHT, cell, limit)
+                parts.append(svg_text(LEFT - 10, y + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
+        parts += draw_cell(x, y, cell, limit)
+    bottom = y + HEIGHT
     legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *count_marks(matrix),
               "Intervals cover the choice of users, not the luck of a training run."]
     for letter in sorted({cell["setting"] for cell in matrix["cells"]}):

@@ -79,7 +79,7 @@ def build(args):
     whole.register_forward_hook(lambda module, inputs, logits: logits[..., answers].float())
     max_tokens = args.max_tokens or (1024 if args.device == "cpu" else 8192)
     scorer = common.Scorer(name=args.shape, model=model, tokenizer=tokenizer, type="prompt", family="causal",
-                           layout="packed", prompt=common.PROMPT, chat_template=False, pooling="last", dense=None,
+                           layout="packed", prompt=common.PROMPT, chat_template=False, pooling="last", dense=torch.nn.Sequential(),
                            limit=8192, max_tokens=max_tokens, pad=0)
     return scorer, {"whole": whole, "two": model.lm_head}
 

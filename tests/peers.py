@@ -228,9 +228,8 @@ def train_with_project(args):
         samples = sum(len(user["labels"]) for user in users)
         for line in (run / "log.jsonl").read_text().splitlines():
             entry = json.loads(line)
-            if "loss" in entry:
+            if "loss" in entry:  # a step
                 losses.append(entry["loss"])
-            if "samples_per_s" in entry:  # of the one step since the evaluation before
                 seconds += samples / entry["samples_per_s"]
     return losses, seconds
 

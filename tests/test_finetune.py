@@ -214,17 +214,18 @@ def test_loss_and_gradient_are_those_of_the_formula_one_sample_at_a_time(data, m
         assert (got - gradient).abs().max() < 1e-6 * gradient.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["prompt", "embed"])
-def test_a_forward_pass_holds_no_more_than_max_tokens(data, models, kind):
-    scorer, train = scorer_and_train(data, models["llama"], "--type", kind, "--max-tokens", 300)
+@pytest.mark.parametrize("kind, limit", [("prompt", 300), ("embed", 20)])
+def test_a_forward_pass_holds_no_more_than_max_tokens(data, models, kind, limit):
+    scorer, train = scorer_and_train(data, models["llama"], "--type", kind, "--max-tokens", limit)
     sizes = []
 
     def note_size(module, args, kwargs):
-        sizes.append(kwargs["input_ids"].numel())
+        if len(kwargs["input_ids"]) > 1:  # one row may be longer
+            sizes.append(kwargs["input_ids"].numel())
     scorer.model.register_forward_pre_hook(note_size, with_kwargs=True)
     for batch in finetune.epoch_batches(train, 0, 0, 32):
         step(scorer, train, batch)
-    assert 80 < max(sizes) <= 300
+    assert limit / 2 < max(sizes) <= limit
 
 
 def test_gradient_checkpointing_computes_each_layer_again(data, models):
@@ -273,7 +274,7 @@ def test_packed_and_split_runs_end_with_the_same_adapter(data, models, tmp_path,
 
 def unpacked(scorer):
     """In place of common.find_layout."""
-    return "padded", "it is a test"
+    return "padded"
 
 
 def test_gradient_checkpointing_repeats_the_dropout(data, models, tmp_path):
@@ -360,8 +361,9 @@ def test_the_last_step_is_evaluated_too_and_the_seconds_of_a_run_are_those_of_al
     assert [point["step"] for point in read_json(whole[0] / "run.json")["curve"]] == [0, 5, 10, 15, 16]
     lines = map(json.loads, Path(whole[0], "log.jsonl").read_text().splitlines())
     speeds = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
-    at_least = 4 * 32 / speeds[0] + 4 * 32 / speeds[1]  # of five batches each, some of them short
-    assert at_least < read_json(whole[0] / "run.json")["seconds"]
+    seconds = read_json(whole[0] / "run.json")["seconds"]
+    assert len(speeds) == 16 and sum(1 / speed for speed in speeds) < seconds < sum(33 / speed for speed in speeds)
+    assert seconds < whole[1]
 
 
 @pytest.mark.parametrize("at_step", [1, 5, 6, 14])
@@ -395,7 +397,7 @@ def test_killed_between_the_steps_of_its_end_a_run_ends_with_the_same_bits(data,
             assert "no finished run" in error_of(capfd, data, models["llama"], *init)
         assert run(data, models["llama"], out, *DROPOUT) == 0
         assert_same_run(out, whole[0])
-    assert number == 7  # log.jsonl, two files of the adapter, their folder, run.json, state.pt; then nothing to die at
+    assert number == 9  # state.pt and log.jsonl again (3 steps), the adapter (3), run.json, state.pt; then none to die at
 
 
 def start(processes, *argv):
@@ -520,7 +522,7 @@ def test_a_finished_run_answers_at_once_and_other_arguments_are_refused(data, mo
                                         ("run.json", "[]"), ("run.json", '{"job": 3}')])
 def test_the_files_of_another_program_are_refused(data, models, tmp_path, capfd, name, text):
     (tmp_path / name).write_text(text)
-    assert "made with a different" in error_of(capfd, data, models["llama"], tmp_path, *SHORT)
+    assert "was not made by this script" in error_of(capfd, data, models["llama"], tmp_path, *SHORT)
     assert contents(tmp_path) == {name: text.encode()}
     if name == "run.json":
         init = [tmp_path / "out", *SHORT, "--init-adapter", tmp_path]

@@ -134,20 +134,24 @@ def test_any_tokenizer_and_candidates_that_are_prefixes_of_one_another(model, tm
     assert_same(score(scorer._replace(max_tokens=60)), want)
 
 
-def test_a_pack_holds_the_longest_common_prefix_once():
-    assert common.pack([[1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2, 3]], 0, 100) == [
+def test_a_row_holds_the_longest_common_prefix_once(model):
+    packed = scorer_of(model("llama"))._replace(layout="packed", max_tokens=100)
+    assert common.rows_of(packed, [[[1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2, 3]]]) == [
         common.Row([1], [[2, 3], [2], [2, 3, 4], [2, 3]], [0, 1, 2, 3])]  # a suffix is never empty
-    assert common.pack([[5, 6, 7], [5, 6, 8], [5, 6, 9]], 4, 4) == [
-        common.Row([5, 6], [[7], [8]], [4, 5]), common.Row([5, 6], [[9]], [6])]
-    assert common.pack([[5, 6]], 0, 1) == [common.Row([5], [[6]], [0])]
-    assert common.pack([[1], [2, 3]], 0, 9) == [common.Row([], [[1], [2, 3]], [0, 1])]
+    short = packed._replace(max_tokens=4)
+    assert common.rows_of(short, [[[5, 6]], [[5, 6, 7], [5, 6, 8], [5, 6, 9]]]) == [
+        common.Row([5], [[6]], [0]), common.Row([5, 6], [[7], [8]], [1, 2]), common.Row([5, 6], [[9]], [3])]
+    assert common.rows_of(packed._replace(max_tokens=1), [[[5, 6]]]) == [common.Row([5], [[6]], [0])]
+    assert common.rows_of(packed, [[[1], [2, 3]]]) == [common.Row([], [[1], [2, 3]], [0, 1])]
+    assert common.rows_of(packed._replace(layout="padded"), [[[5, 6], [5, 7]], [[5, 8]]]) == [
+        common.Row([], [[5, 6]], [0]), common.Row([], [[5, 7]], [1]), common.Row([], [[5, 8]], [2])]
 
 
 def test_batches_hold_every_row_once_within_the_tokens(model):
     scorer = scorer_of(model("llama"))._replace(max_tokens=10)
 
     def batches(scorer, lengths):
-        rows = common.single_rows([[7] * length for length in lengths])
+        rows = [common.Row([], [[7] * length], [i]) for i, length in enumerate(lengths)]
         return [common.indices_of(batch) for batch in common.fill_batches(scorer, rows)]
     assert batches(scorer, [5, 1, 9, 3, 3, 20, 1]) == [[5], [2], [0], [3, 4], [1, 6]]
     assert batches(scorer._replace(layout="equal", max_tokens=99), [4, 3, 4, 5]) == [[3], [0, 2], [1]]
@@ -335,7 +339,7 @@ def test_odd_heads_and_positions_are_scored_or_refused_in_one_line(tmp_path, fam
     tokenizer = {"bart": tiny.sentence_piece(eos=True), "mobilebert": tiny.word_piece()}.get(family)
     folder = tiny_network(tmp_path, config_name, model_name, tokenizer, **changes)
     if family == "mobilebert":
-        with pytest.raises(common.UserError, match="LM head of .* is not a plain matrix"):
+        with pytest.raises(common.UserError, match="cannot be used: RuntimeError"):
             scorer_of(folder)
         return
     kind = {"bart": "t5"}.get(family, family)
@@ -476,7 +480,7 @@ def test_answers_that_are_one_token_or_unknown_are_refused(model, tmp_path, answ
     ('{"promt": "{history} {candidate}"}', "unknown key 'promt'; the keys are item, join"),
     ('{"prompt": "{history} {candidat}"}', "lacks {candidate}"), ('{"answers": ["yes"]}', "answers"),
     ('{"answers": "yes"}', "answers must be of the type"), ('{"join": 3}', "join"),
-    ('[1]', "JSON object"), ('{"item": ', "cannot be read")])
+    ('[1]', "JSON object"), ('{"item": ', "is not JSON")])
 def test_a_prompt_file_with_a_mistake_is_refused(tmp_path, text, says):
     (tmp_path / "prompt.json").write_text(text)
     with pytest.raises(common.UserError, match=says):
@@ -599,9 +603,25 @@ def test_a_dense_layer_after_pooling(tmp_path):
     want = plain_cosines(folder, USERS[:2], "T5EncoderModel", "mean", dense)
     assert_same(embed_scores(scorer_of(folder, "--type", "embed"), USERS[:2]), want, spread=0.01)
     modules = json.loads((tmp_path / "modules.json").read_text())
-    modules.insert(2, modules[2])  # two dense layers, as in EmbeddingGemma
+    second = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())  # two dense layers, as in EmbeddingGemma
+    modules.insert(3, {**modules[2], "path": "3_Dense"})
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(common.UserError, match="Transformer, Pooling, Dense, Dense, Normalize, which is not supported"):
+    (tmp_path / "3_Dense").mkdir()
+    (tmp_path / "3_Dense/config.json").write_text('{"in_features": 8, "out_features": 8}')
+    weights = {"linear.weight": second[0].weight.data, "linear.bias": second[0].bias.data}
+    safetensors.torch.save_file(weights, tmp_path / "3_Dense/model.safetensors")
+    want = plain_cosines(folder, USERS[:2], "T5EncoderModel", "mean", torch.nn.Sequential(dense, second))
+    assert_same(embed_scores(scorer_of(folder, "--type", "embed"), USERS[:2]), want, spread=0.01)
+
+
+@pytest.mark.parametrize("kind, says", [("Dense", "goes on after Normalize"), ("CNN", "embeds through CNN")])
+def test_other_modules_after_pooling_are_refused(tmp_path, kind, says):
+    folder = tiny.build("bert", tmp_path)
+    sentence_transformers_files(tmp_path, {"pooling_mode_mean_tokens": True})
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.insert(3 if kind == "Dense" else 1, {"path": "4_More", "type": f"sentence_transformers.models.{kind}"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(common.UserError, match=f"{says}.*, which is not supported"):
         scorer_of(folder, "--type", "embed")
 
 
