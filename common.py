@@ -1142,8 +1142,8 @@ def weighted_auc(samples, times):
 def estimate(drawn):
     """{"value": float, "ci": [low, high] or None} of what bootstrap returns; None where the metric is undefined.
 
-    The 95% percentile interval, without draws that leave the metric undefined. Of the difference of two models' draws it
-    is the paired test: they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
+    The 95% percentile interval leaves out draws without a value. Of the difference of two models' draws it is the
+    paired test: they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
     """
     if math.isnan(drawn[0]):
         return None

@@ -64,8 +64,8 @@ def main(argv=None):
             results.append(common.read_json(result_path(args.out, name)))
             continue
         users, items = common.read_users(args.data, name, args.split, args.limit_users)
-        if args.history == "other" and len(users) == 1:
-            raise UserError(f"{name}: --history other needs another user, and there is only one")
+        if args.history == "other":
+            users = with_other_histories(name, users)
         if scorer is None and args.model not in BASELINES:
             scorer = common.load_scorer(args)
             scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
@@ -179,7 +179,7 @@ def score_users(args, name, users, items, scorer, job, state):
     cost = {"samples_scored": 0, "tokens_scored": 0, "tokens_unpacked": 0}
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
     for start in range(done, len(users), chunk):
-        batch = [with_history(args, users, i) for i in range(start, min(start + chunk, len(users)))]
+        batch = users[start:start + chunk]
         if args.model in BASELINES:
             scores = baseline_scores(args, name, batch, chosen_by)
             took = {"tokens_scored": 0, "tokens_unpacked": 0, "dropped": [0] * len(batch)}
@@ -207,16 +207,18 @@ def whole_lines(path):
     return content.count(b"\n")
 
 
-def with_history(args, users, i):
-    """User i, for --history other with the history of the next user; items that are among the candidates are left out.
+def with_other_histories(name, users):
+    """Each user with the history of the next one; items that are among the user's candidates are left out.
 
-    A model that personalises loses by it, one that only knows what is popular does not.
+    A model that personalises loses by it, one that only knows what is popular does not. Raises UserError for one user.
     """
-    user = users[i]
-    if args.history == "own":
-        return user
-    others = users[(i + 1) % len(users)]["history"]
-    return {**user, "history": [item for item in others if item not in user["candidates"]]}
+    if len(users) == 1:
+        raise UserError(f"{name}: --history other needs another user, and there is only one")
+    others = []
+    for user, other in zip(users, [*users[1:], users[0]]):
+        history = [item for item in other["history"] if item not in user["candidates"]]
+        others.append({**user, "history": history})
+    return others
 
 
 def score_lines(name, batch, scores, dropped):

@@ -105,9 +105,10 @@ def goodreads_time(text):
 
 # ------------------------------------------------------------------------------------------------------ the raw formats
 
-# A function per format turns a row into (item, text) or into (user, [(item, time, label)], past); ValueError: the row is
-# malformed. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. Where the order of the
-# file is all there is, the time is None. The past is an impression's own history, (time, item ids in one string).
+# A function per format turns a row into (item, text) or into (user, [(item, time, label)], past), where the past is an
+# impression's own history, (time, item ids in one string), else None. The time is None where the order of the file is
+# all there is. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. ValueError: the
+# row is malformed.
 
 
 def id_and_text(fields):
@@ -676,7 +677,7 @@ def prepare(name, args):
     if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
     job["raw"] = raw_files(Path(args.raw, name), tables[0].files + tables[1].files)
-    new = begin(folder, job, args.overwrite)  # before the reading: a folder that cannot be written is reported at once
+    new = begin(folder, job, args.overwrite)  # before the reading: so a folder that cannot be written is reported first
     if new is not None:
         texts, splits, report = read_dataset(tables, job)
         put_in_place(new, folder, {**write_dataset(new, texts, splits, job), **report})
@@ -758,7 +759,7 @@ def found_job(folder):
 def raw_files(folder, paths):
     """{name below the folder: {"size", "sha256"}} of raw files: no edit goes unseen."""
     raw = {}
-    for path in sorted(set(paths)):
+    for path in tqdm(sorted(set(paths)), desc=f"sha256 of the files in {folder}", unit=" files"):
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         raw[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256}
@@ -914,7 +915,10 @@ def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
     if not path.is_file():
         return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
-    named = set(path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if "\ufffd" in text:
+        raise UserError(f"{path} is not UTF-8")
+    named = set(text.splitlines())
     if finetune and not named & finetune.keys():
         raise UserError(f"{path} names no user of finetune.parquet")
     return named

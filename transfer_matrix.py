@@ -291,18 +291,25 @@ def rank_correlation(a, b):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
+def by_source(matrix):
+    """{source: its cells, in the order of the targets}."""
+    rows = {}
+    for cell in matrix["cells"]:
+        rows.setdefault(cell["source"], []).append(cell)
+    return rows
+
+
 def markdown(matrix):
     """The matrix as three tables (the metric, the gain over zero-shot, RRA@K) and notes."""
     values = [[f"{matrix['metric']}, trained on", *matrix["targets"]]]
     gains = [["gain over zero-shot", *matrix["targets"]]]
-    for i, cell in enumerate(matrix["cells"]):
-        if i % len(matrix["targets"]) == 0:  # a new row
-            values.append([cell["source"]])
-            gains.append([cell["source"]])
-        words = f"{cell['setting']} {evaluate.show(cell)} {SIGNS[cell['mark']]}"
-        values[-1].append(words.strip())
-        gains[-1].append(evaluate.show(cell["gain"], "+"))
-    del gains[1]  # zero-shot itself
+    for source, cells in by_source(matrix).items():
+        values.append([source])
+        for cell in cells:
+            words = f"{cell['setting']} {evaluate.show(cell)} {SIGNS[cell['mark']]}"
+            values[-1].append(words.strip())
+        if source != ZERO:
+            gains.append([source, *(evaluate.show(cell["gain"], "+") for cell in cells)])
     ranks = [["single source", *(f"RRA@{k}" for k in matrix["k"])]]
     for source, averages in matrix["rra"].items():
         ranks.append([source, *map(evaluate.show, averages.values())])
@@ -410,15 +417,14 @@ def draw_svg(matrix):
         x = LEFT + WIDTH * (i + 0.5)
         parts.append(svg_text(x, TOP - 26, target, 13))
         parts.append(svg_text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
-    for i, cell in enumerate(matrix["cells"]):
-        row, column = divmod(i, len(targets))
-        x, y = LEFT + WIDTH * column, TOP + HEIGHT * row
-        if column == 0:
-            names = textwrap.wrap(cell["source"].replace("+", " + "), 24, max_lines=4, placeholder=" ...")
-            for n, name in enumerate(names):
-                parts.append(svg_text(LEFT - 10, y + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
-        parts += draw_cell(x, y, cell, limit)
-    bottom = y + HEIGHT
+    bottom = TOP
+    for source, cells in by_source(matrix).items():
+        names = textwrap.wrap(source.replace("+", " + "), 24, max_lines=4, placeholder=" ...")
+        for n, name in enumerate(names):
+            parts.append(svg_text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
+        for i, cell in enumerate(cells):
+            parts += draw_cell(LEFT + WIDTH * i, bottom, cell, limit)
+        bottom += HEIGHT
     legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *count_marks(matrix),
               "Intervals cover the choice of users, not the luck of a training run."]
     for letter in sorted({cell["setting"] for cell in matrix["cells"]}):

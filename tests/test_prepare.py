@@ -770,17 +770,18 @@ def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
     ("test", {"click": [2, 1]}, "the label of user 8 is 2"),
     ("finetune", {"click": [None, 1]}, "the label of user 8 is None"),
     ("users", {"history": ["1 2", "3"]}, "the history of user 8 is a string"),
-    ("valid_user_set_0.1.txt", None, "names no user"), (None, None, "no sizes")])
+    ("valid_user_set_0.1.txt", b"nobody\n", "names no user"), ("valid_user_set_0.1.txt", b"8\xe9\n", "is not UTF-8"),
+    (None, None, "no sizes")])
 def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, says):
     pytest.importorskip("pyarrow")
     folder = tmp_path / "in/yelp"
     recbench(folder, "yelp")
-    if columns:
+    if isinstance(columns, dict):
         usual = {"user_id": [8, 9], "business_id": [1, 2], "history": [[1], [2]], "click": [1, 0]}
         keep = ("user_id", "history") if file == "users" else ("user_id", "business_id", "click")
         parquet(folder / f"{file}.parquet", {key: {**usual, **columns}[key] for key in keep})
     elif file:
-        (folder / file).write_text("nobody\n")
+        (folder / file).write_bytes(columns)
     more = [] if file else ["--test-size", "0"]
     code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out", *more)
     assert code == 2 and says in err and not (tmp_path / "out/yelp").exists()
