@@ -248,7 +248,7 @@ def finish(args, name, users, items, scorer, job, cost):
         "truncated": {"texts": common.count_long_texts(users, items), "histories": histories_cut},
         **cost, "samples_per_s": cost["samples_scored"] / cost["seconds"],
         "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
-        "data_sha256": job["data_sha256"], "seed": args.seed, "arguments": vars(args),
+        "data_sha256": job["data_sha256"], "seed": args.seed, "job": job, "arguments": vars(args),
         "versions": common.versions()}
     common.write_json(result_path(args.out, name), result)
     for what, count in result["truncated"].items():
