@@ -141,8 +141,7 @@ def load_prompt(path=None):
     for key, slot in SLOTS:
         if slot not in prompt[key]:
             raise UserError(f"{path}: {key} lacks {slot}")
-    words = [word for word in prompt["answers"] if isinstance(word, str) and word.strip()]
-    if len(prompt["answers"]) != 2 or len(words) != 2:
+    if len(prompt["answers"]) != 2:
         raise UserError(f"{path}: answers must be two words, such as {json.dumps(PROMPT['answers'])}")
     return prompt
 
@@ -169,11 +168,9 @@ def count_long_texts(users, items):
 
 def fill(template, **values):
     """The template with each {name} replaced by its value, in one pass: braces inside a value stay as they are."""
-    pieces = re.split(r"\{(\w+)\}", template)  # text, name, text, name, ..., text
-    for i in range(1, len(pieces), 2):
-        name = pieces[i]
-        pieces[i] = str(values[name]) if name in values else "{" + name + "}"
-    return "".join(pieces)
+    def value_of(match):
+        return str(values.get(match[1], match[0]))
+    return re.sub(r"\{(\w+)\}", value_of, template)
 
 
 def history_text(prompt, history):
@@ -301,12 +298,11 @@ def encode(scorer, texts):
         return []
     ids = scorer.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
     eos = scorer.tokenizer.eos_token_id
-    goes_on = scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
-    for i, row in enumerate(ids):
-        if goes_on and special_tokens and len(row) > 1 and row[-1] == eos:
-            ids[i] = row[:-1]
-        if not row:
-            ids[i] = [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
+    goes_on = special_tokens and scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
+    for i, tokens in enumerate(ids):
+        if goes_on and tokens[-1:] == [eos]:
+            tokens = tokens[:-1]
+        ids[i] = tokens or [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
     return ids
 
 
@@ -324,14 +320,14 @@ def encode_user(scorer, user):
                     f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
 
 
-def common_prefix(prompts):
-    """Number of tokens that all prompts start with. One token of each is left, where its answer is read."""
-    shortest = min(map(len, prompts))
-    for i in range(shortest - 1):
-        for prompt in prompts:
-            if prompt[i] != prompts[0][i]:
-                return i
-    return shortest - 1
+def common_prefix(ids):
+    """Number of tokens that all texts start with. One token of each is left, where its answer is read."""
+    shared = 0
+    for column in zip(*ids):  # the first token of each text, then the second, until the shortest ends
+        if len(set(column)) > 1:
+            return shared
+        shared += 1
+    return shared - 1
 
 
 def row_length(row):
@@ -350,18 +346,17 @@ def indices_of(rows):
 def rows_of(scorer, per_user):
     """The texts of several users, [[token ids]], as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens.
 
-    A row holds one suffix at least; where the model must not pack, one suffix and no prefix. Each text was tokenised
-    whole, so the result is that of separate texts, for any tokenizer.
+    A row holds one suffix at least; where the model must not pack, only one. Each text was tokenised whole, so the
+    result is that of separate texts, for any tokenizer.
     """
-    packed = scorer.layout == "packed"
     rows, index = [], 0
-    for texts in per_user:
-        shared = common_prefix(texts) if packed else 0
+    for ids in per_user:
+        shared = common_prefix(ids)
         row = None  # the next suffix starts a row
-        for text in texts:
-            suffix = text[shared:]
-            if row is None or not packed or row_length(row) + len(suffix) > scorer.max_tokens:
-                row = Row(text[:shared], [], [])
+        for tokens in ids:
+            suffix = tokens[shared:]
+            if row is None or scorer.layout != "packed" or row_length(row) + len(suffix) > scorer.max_tokens:
+                row = Row(tokens[:shared], [], [])
                 rows.append(row)
             row.suffixes.append(suffix)
             row.indices.append(index)
@@ -376,13 +371,13 @@ def fill_batches(scorer, rows):
     layout "equal" where the length changes.
     """
     shortest_share = 1.0 if scorer.layout == "equal" else 2 / 3
-    batches, longest = [], 0
+    batches, batch, longest = [], [], 0
     for row in sorted(rows, key=row_length, reverse=True):
-        too_many = batches and (len(batches[-1]) + 1) * longest > scorer.max_tokens
-        if not batches or too_many or row_length(row) < shortest_share * longest:
-            batches.append([])
-            longest = row_length(row)
-        batches[-1].append(row)
+        too_many = (len(batch) + 1) * longest > scorer.max_tokens
+        if not batch or too_many or row_length(row) < shortest_share * longest:
+            batch, longest = [], row_length(row)
+            batches.append(batch)
+        batch.append(row)
     return batches
 
 
@@ -499,10 +494,10 @@ def score_prompts(scorer, users):
     """
     per_user, dropped, tokens_unpacked = [], [], 0
     for user in users:
-        prompts, cut = encode_user(scorer, user)
-        per_user.append(prompts)
+        ids, cut = encode_user(scorer, user)
+        per_user.append(ids)
         dropped.append(cut)
-        tokens_unpacked += sum(map(len, prompts))
+        tokens_unpacked += sum(map(len, ids))
     rows = rows_of(scorer, per_user)
     with torch.inference_mode():
         scores = in_batches(scorer, rows, score_rows).cpu().numpy()
@@ -536,12 +531,6 @@ def embed(scorer, ids):
     return in_batches(scorer, rows_of(scorer, [ids]), embed_rows)
 
 
-def embed_ids(scorer, ids):
-    """Embeddings of texts (token ids), each of length 1: a float64 array (texts, width)."""
-    with torch.inference_mode():
-        return embed(scorer, ids).cpu().numpy()
-
-
 def encode_items(scorer, texts):
     """Token ids of item texts. Raises UserError where one is longer than scorer.limit."""
     ids = encode(scorer, [fill(scorer.prompt["candidate"], candidate=text) for text in texts])
@@ -560,14 +549,15 @@ def score_embeddings(scorer, users, known):
     """
     ids, dropped, new = [], [], {}
     for user in users:
-        (history_ids,), cut = encode_user(scorer, user)
-        ids.append(history_ids)
+        history_ids, cut = encode_user(scorer, user)
+        ids += history_ids  # of one text
         dropped.append(cut)
         for text in user["candidates"]:
             if text not in known:
                 new[text] = None  # a dict, as a set in order
     ids += encode_items(scorer, list(new))
-    vectors = embed_ids(scorer, ids)
+    with torch.inference_mode():
+        vectors = embed(scorer, ids).cpu().numpy()
     known.update(zip(new, vectors[len(users):]))
     scores = []
     for user, vector in zip(users, vectors):
@@ -686,18 +676,17 @@ def family_of(config):
 def check_weights(name, score_type, missing):
     """Raise UserError where the model's file lacks weights, which transformers then invents."""
     missing = [key for key in missing if "pooler" not in key]  # not used
+    if missing and score_type == "prompt":
+        raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
     if missing:
-        what = "no LM head" if score_type == "prompt" else "incomplete weights"
-        advice = ": use --type embed" if score_type == "prompt" else ""
-        raise UserError(f"model {name} has {what} ({min(missing)} is missing){advice}")
+        raise UserError(f"model {name} has incomplete weights ({min(missing)} is missing)")
 
 
 def check_tokenizer(name, tokenizer, model):
     """Raise UserError where the tokenizer knows no words (its files are missing) or more tokens than the model."""
-    for word in ("yes", "item"):
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if not ids or set(ids) == {tokenizer.unk_token_id}:
-            raise UserError(f"the tokenizer of {name} does not know the word {word!r}: are its files missing?")
+    tokens = tokenizer("yes item", add_special_tokens=False)["input_ids"]
+    if not tokens or set(tokens) == {tokenizer.unk_token_id}:
+        raise UserError(f"the tokenizer of {name} does not know the words 'yes' and 'item': are its files missing?")
     embeddings = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
@@ -740,7 +729,10 @@ def sentence_modules(name, pooling, default):
             say(f"{name}: pooling {pooling}, by its sentence-transformers files")
         if kind == "Dense":
             dense.append(load_dense(name, path))
-    return default if pooling == "auto" else pooling, dense
+    if pooling == "auto":
+        pooling = default
+        say(f"{name}: pooling {pooling}: no sentence-transformers files (or the hub cannot be asked: then see --pooling)")
+    return pooling, dense
 
 
 def pooling_of(name, settings):
@@ -809,10 +801,9 @@ def replace_head(model, answers):
         two.bias.data = head.bias.data[answers].to(dtype)
     two.register_forward_pre_hook(cast_input)
     two.requires_grad_(False)
-    for module in model.modules():  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
-        for child_name, child in module.named_children():
-            if child is head:
-                setattr(module, child_name, two)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is head:  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
+            model.set_submodule(path, two)
     if hasattr(model, "final_logits_bias"):  # BART adds it after the head
         model.final_logits_bias = model.final_logits_bias[:, answers]
 
@@ -854,17 +845,12 @@ def tolerance(dtype, values):
 
 def made_up_prompt(scorer, length, seed):
     """Token ids of a prompt of this length, from all but the special tokens; a masked model's ends in its mask."""
-    rng = np.random.default_rng(seed)
     embeddings = scorer.model.get_input_embeddings().weight.shape[0]
-    special = set(scorer.tokenizer.all_special_ids)
-    ids = []
-    while len(ids) < length:
-        token = int(rng.integers(embeddings))
-        if token not in special:
-            ids.append(token)
+    ordinary = np.delete(np.arange(embeddings), scorer.tokenizer.all_special_ids)
+    tokens = np.random.default_rng(seed).choice(ordinary, length).tolist()
     if scorer.family == "masked" and scorer.type == "prompt":
-        ids[-1] = scorer.tokenizer.mask_token_id
-    return ids
+        tokens[-1] = scorer.tokenizer.mask_token_id
+    return tokens
 
 
 def find_layout(scorer):
@@ -907,9 +893,8 @@ def packing_fault(scorer):
     if (changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
-    some = [0, len(prompts) - 1]  # beside the prefix and far from it
-    separate = scores_or_embeddings(scorer, [prompts[i] for i in some])
-    difference = (scores[some] - separate).abs().max()
+    separate = scores_or_embeddings(scorer, [prompts[0], prompts[-1]])  # beside the prefix and far from it
+    difference = (scores[[0, -1]] - separate).abs().max()
     if difference > tolerance(scorer.model.dtype, separate):
         return f"packed and separate scores differ by {difference:.2g} (attention depends on the position in the row)"
     return None
@@ -933,15 +918,15 @@ def long_row(scorer):
 def padding_changes(scorer):
     """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
     long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
+    if not torch.equal(scores_or_embeddings(scorer, [long]), scores_or_embeddings(scorer, [long])):
+        raise UserError(f"model {scorer.name} gives NaN, or different scores on each run, so they mean nothing: "
+                        "try --dtype float32")
     lengths = [len(long) // 2, len(long) // 16, 3]  # little padding, much, and a text of a word or two
     if scorer.type == "embed":
         lengths.reverse()  # such texts are titles, which some models (Funnel) cannot run: that shows first
     for length in lengths:
         short = made_up_prompt(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
-        if not torch.equal(alone, scores_or_embeddings(scorer, [short])):
-            raise UserError(f"model {scorer.name} gives NaN, or different scores on each run, so they mean nothing: "
-                            "try --dtype float32")
         # the padding's content must not be felt at all, its length by no more than rounding
         beside = scores_or_embeddings(scorer, [short, long])[0]
         other_pad = scorer._replace(pad=long[0])
@@ -952,9 +937,9 @@ def padding_changes(scorer):
     return False
 
 
-def scores_or_embeddings(scorer, texts):
+def scores_or_embeddings(scorer, ids):
     """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
-    rows = rows_of(scorer, [texts])
+    rows = rows_of(scorer, [ids])
     with torch.inference_mode():
         return embed_rows(scorer, rows) if scorer.type == "embed" else score_rows(scorer, rows)
 
@@ -1038,20 +1023,16 @@ def lrap(scores, labels):
 
 
 METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap", "hit@1", "hit@5", "hit@10"]
+USER_METRICS = {"group_auc": auc, "ndcg": ndcg, "mrr": mrr, "lrap": lrap, "hit": hit}  # GAUC in the authors' code
 
 
 def user_metric(name, scores, labels):
-    """One of METRIC_NAMES of one user. "auc" is over the samples of all users: see weighted_auc."""
+    """One of METRIC_NAMES of one user; not "auc", which is over the samples of all users: see weighted_auc."""
     if not labels.any():
         return math.nan
     name, _, k = name.partition("@")
-    if name == "group_auc":  # the authors' code: GAUC
-        return auc(scores, labels)
-    if name == "ndcg":
-        return ndcg(scores, labels, int(k))
-    if name == "hit":
-        return hit(scores, labels, int(k))
-    return mrr(scores, labels) if name == "mrr" else lrap(scores, labels)
+    metric = USER_METRICS[name]
+    return metric(scores, labels, int(k)) if k else metric(scores, labels)
 
 
 def metric_per_user(name, users):
@@ -1171,7 +1152,6 @@ def evaluate_users(users, draws=1000, seed=0):
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
-SURROGATE = re.compile("[\ud800-\udfff]")  # halves of pairs, which JSON's escapes can write
 
 
 def digest(*parts):
@@ -1274,7 +1254,7 @@ def read_items(data, name):
     for number, row in read_lines(path):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
             raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, both strings')
-        if not row["text"].isascii() and SURROGATE.search(row["text"]):
+        if re.search("[\ud800-\udfff]", row["text"]):  # JSON's escapes can write one
             raise UserError(f"{path}, line {number}: the text holds half a surrogate pair, which is no character")
         if row["id"] in items:
             raise UserError(f"{path}, line {number}: the id {row['id']!r} is there twice")
@@ -1379,20 +1359,20 @@ def job_state(place, job, found, finished):
     return "finished" if finished else "continue"
 
 
-def read_job(path):
-    """The job in a JSON file of results; {} where another program wrote the file."""
-    value = read_json(path)
-    job = value.get("job") if isinstance(value, dict) else None
-    return job if isinstance(job, dict) else {}
+def job_in(text):
+    """The "job" in the JSON text of an output; {} where another program wrote it."""
+    try:
+        return dict(json.loads(text)["job"])
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def read_run(folder, args):
     """run.json of a finetune.py run. Raises UserError where it is unfinished or of another model or type."""
-    if not Path(folder, "run.json").exists():
-        raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing)")
-    run = read_json(Path(folder, "run.json"))
-    if not read_job(Path(folder, "run.json")):
-        raise UserError(f"{folder}/run.json was not written by finetune.py")
+    path = Path(folder, "run.json")
+    if not path.exists() or not job_in(path.read_bytes()):
+        raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing or of another program)")
+    run = read_json(path)
     if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
                         f"--model {args.model} --type {args.type} (or the model's files have changed)")

@@ -139,11 +139,7 @@ def state_of(args, name, job):
 def job_of_scores(path):
     """The job in the first line of a scores file; {} where it is somebody else's file."""
     with open(path, "rb") as file:
-        first = file.readline()
-    try:
-        return dict(json.loads(first)["job"])
-    except (ValueError, KeyError, TypeError):
-        return {}
+        return common.job_in(file.readline())
 
 
 def check_against(args, jobs):

@@ -409,7 +409,7 @@ def saved_state(args, job):
         except Exception as error:
             raise UserError(f"{path} is damaged ({str(error)[:100]}): start again with --overwrite") from None
     elif run_path.exists():
-        found = common.read_job(run_path)
+        found = common.job_in(run_path.read_bytes())
     elif Path(args.out, ADAPTER_FILES[0]).exists():
         found = {}  # somebody else's adapter
     status = common.job_state(args.out, job, found, state is None)

@@ -271,7 +271,9 @@ def similarity(args, cells):
                 items = common.read_items(args.data, name)
                 chosen = sorted(items, key=common.digest)[:500]  # in the order of hashes
                 texts = [items[item][:common.TEXT_LIMIT] for item in chosen]
-                mean = np.mean(common.embed_ids(scorer, common.encode_items(scorer, texts)), axis=0)
+                with torch.inference_mode():
+                    vectors = common.embed(scorer, common.encode_items(scorer, texts))
+                mean = np.mean(vectors.cpu().numpy(), axis=0)
                 means[name] = mean / np.linalg.norm(mean)
         cell["similarity"] = float(means[pair[0]] @ means[pair[1]])
         similarities.append(cell["similarity"])

@@ -189,7 +189,8 @@ def embed_case(args, scorer, heads, users):
 
     def run(way):
         if way == "batched":
-            vectors = common.embed_ids(scorer, texts)
+            with torch.inference_mode():
+                vectors = common.embed(scorer, texts).cpu().numpy()
             return np.array([a @ b for a, b in zip(vectors[::2], vectors[1::2])])
         if way == "packed":
             return np.concatenate(common.score_embeddings(scorer, users, {})[0])

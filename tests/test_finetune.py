@@ -526,7 +526,7 @@ def test_the_files_of_another_program_are_refused(data, models, tmp_path, capfd,
     assert contents(tmp_path) == {name: text.encode()}
     if name == "run.json":
         init = [tmp_path / "out", *SHORT, "--init-adapter", tmp_path]
-        assert "was not written by finetune.py" in error_of(capfd, data, models["llama"], *init)
+        assert "is missing or of another program" in error_of(capfd, data, models["llama"], *init)
 
 
 def test_overwrite_removes_nothing_before_there_is_something_in_its_place(data, models, tmp_path, whole, capfd,

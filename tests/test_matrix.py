@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import common
 import evaluate
@@ -369,7 +370,9 @@ def test_similarity_and_its_rank_correlation(data, tmp_path, monkeypatch):
                                                            "--type", "embed", "--device", "cpu"]))
     for name in ("news-a", "books-a"):
         texts = list(common.read_items(data, name).values())
-        means.append(np.mean([common.embed_ids(scorer, common.encode_items(scorer, [text]))[0] for text in texts], axis=0))
+        with torch.inference_mode():
+            vectors = [common.embed(scorer, common.encode_items(scorer, [text]))[0].numpy() for text in texts]
+        means.append(np.mean(vectors, axis=0))
     cosine = means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1])
     assert cells["news-a"]["books-a"]["similarity"] == pytest.approx(cosine, abs=1e-5)
     rho = transfer_matrix.rank_correlation(np.array([cell["similarity"] for cell in pairs]),

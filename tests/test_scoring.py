@@ -144,7 +144,7 @@ def test_a_row_holds_the_longest_common_prefix_once(model):
     assert common.rows_of(packed._replace(max_tokens=1), [[[5, 6]]]) == [common.Row([5], [[6]], [0])]
     assert common.rows_of(packed, [[[1], [2, 3]]]) == [common.Row([], [[1], [2, 3]], [0, 1])]
     assert common.rows_of(packed._replace(layout="padded"), [[[5, 6], [5, 7]], [[5, 8]]]) == [
-        common.Row([], [[5, 6]], [0]), common.Row([], [[5, 7]], [1]), common.Row([], [[5, 8]], [2])]
+        common.Row([5], [[6]], [0]), common.Row([5], [[7]], [1]), common.Row([5], [[8]], [2])]
 
 
 def test_batches_hold_every_row_once_within_the_tokens(model):
