@@ -16,7 +16,6 @@ In reading order: the raw formats; reading their rows; a uniform sample of users
 memory; a user's history and candidates, by kind of dataset; splits and their files; the authors' own samples; the demo.
 Every random choice is a hash of (seed, dataset, user, item): the same on every machine.
 """
-import contextlib
 import csv
 import functools
 import gzip
@@ -126,19 +125,10 @@ def visit(fields):
     return user, [(item, time_of(time), 1)], None
 
 
-def item_id(item):
-    """The id of an item. Raises ValueError where it holds no digit: a header row, not an item."""
-    if not re.search(r"\d", item):
-        raise ValueError("a header row: no digit in the id")
-    return item
-
-
 def mind_item(line):
-    """news.tsv: id, category, subcategory, title; then abstract, address and two columns of entities."""
-    item, _, _, title, *others = line.split("\t")
-    if len(others) > 4:
-        raise ValueError("more than 8 fields")
-    return item_id(item), clean(title)
+    """news.tsv: id, category, subcategory, title, abstract, address, two columns of entities."""
+    item, _, _, title, _, _, _, _ = line.split("\t")
+    return item, clean(title)
 
 
 def mind_impression(line):
@@ -152,13 +142,11 @@ def mind_impression(line):
 
 
 def pens_item(line):
-    """news.tsv: id, category, topic, headline; then body and two columns of entities."""
-    item, _, _, title, *others = line.split("\t")
-    if len(others) > 3:
-        raise ValueError("more than 7 fields")
+    """news.tsv: id, category, topic, headline, body, two columns of entities."""
+    item, _, _, title, _, _, _ = line.split("\t")
     if re.fullmatch(r'"([^"]|"")*"', title):  # quoted, as csv writers do
         title = title[1:-1].replace('""', '"')
-    return item_id(item), clean(title)
+    return item, clean(title)
 
 
 def pens_impression(line):
@@ -195,9 +183,19 @@ def amazon_item(fields):
     return item, clean(title)
 
 
+def decoded_again(text):
+    """A text that was read as latin-1: as UTF-8 if it is that, else as Windows-1252, else as it stands."""
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            return text.encode("latin-1").decode(encoding)
+        except UnicodeError:
+            continue
+    return text
+
+
 def netflix_item(line):
     """movie_titles.csv: id, year (or NULL), title, which may hold commas and is not quoted."""
-    item, year, title = line.split(",", 2)
+    item, year, title = decoded_again(line).split(",", 2)
     year = "" if year == "NULL" else str(int(year))
     return item, described(("title", "year"), (clean(title), year))
 
@@ -216,19 +214,19 @@ def lastfm_item(line):
 
 def lastfm_visit(line):
     user, time, _, _, track, _ = line.split("\t")
-    return user, [(track, iso_time(time), 1)], None
+    return visit((user, track, time))
 
 
 def pog_item(fields):
     """pog_translated_titles.csv: item, Chinese title, English title."""
     item, _, english = fields
-    return item_id(item), clean(english)
+    return item, clean(english)
 
 
 def pog_chinese_item(line):
     """item_data.txt: item, category, picture, title, which may hold commas."""
     item, _, _, title = line.split(",", 3)
-    return item_id(item), clean(title)
+    return item, clean(title)
 
 
 def pog_sequence(line):
@@ -240,27 +238,20 @@ def pog_sequence(line):
 
 
 def steam_item(fields):
-    """App_ID_Info.txt: app, title, type, price, ...; titles are UTF-8 or Windows-1252 that was taken for latin-1."""
+    """App_ID_Info.txt: app, title, type, price, ...; most titles are UTF-8 or Windows-1252 that was read as latin-1."""
     item, title, *_ = fields
-    if not item.isdecimal():
-        raise ValueError("the app id is not a number")
-    for encoding in ("utf-8", "cp1252"):
-        with contextlib.suppress(UnicodeError):
-            return item, clean(title.encode("latin-1").decode(encoding))
-    return item, clean(title)
+    return item, clean(decoded_again(title))
 
 
 def steam_sequence(line):
     """train_game.txt: user, app, app, ... in order."""
-    user, *items = line.split(",")
-    if not items:
-        raise ValueError("no items")
-    return user, [(item, None, 1) for item in items], None
+    user, items = line.split(",", 1)
+    return user, [(item, None, 1) for item in items.split(",")], None
 
 
 def hotelrec_item(fields):
     """The item is the address "...-Reviews-NAME-PLACE.html"; the words of name and place are joined by "_"."""
-    address, = fields
+    [address] = fields
     _, _, name_and_place = address.partition("-Reviews-")
     if "-" not in name_and_place:
         raise ValueError("no -Reviews-NAME-PLACE in the address")
@@ -273,9 +264,8 @@ class Table(NamedTuple):
     files: list  # names, all of which are read
     form: str  # text (a line is a row), csv, json (an object per line), netflix
     parse: object  # one of the functions above
-    columns: tuple = ()  # csv: names in the header (none: there is no header), json: keys; the last may be missing
-    header: bool = False  # text, and csv without columns: the first line is no row if it holds no digit
-    latin1: bool = False  # a line that is not UTF-8 is latin-1, not malformed
+    columns: tuple = ()  # json: keys; csv: names in the header, none where the file may lack one
+    encoding: str = "utf-8"
 
 
 class Source(NamedTuple):
@@ -297,8 +287,8 @@ SOURCES = {
         [Table(["news.tsv"], "text", mind_item)],
         Table(["behaviors.tsv"], "text", mind_impression)),
     "pens": Source("https://msnews.github.io/pens.html",
-        [Table(["news.tsv"], "text", pens_item, header=True)],
-        Table(["train.tsv", "valid.tsv"], "text", pens_impression, header=True)),
+        [Table(["news.tsv"], "text", pens_item)],
+        Table(["train.tsv", "valid.tsv"], "text", pens_impression)),
     "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
         [Table(["goodreads_book_works.json"], "json", id_and_text, ("best_book_id", "original_title"))],
         Table(["goodreads_interactions_dedup.json"], "json", goodreads_read,
@@ -311,7 +301,7 @@ SOURCES = {
         [Table(["MicroLens-50k_titles.csv"], "csv", id_and_text, ("item", "title"))],
         Table(["MicroLens-50k_pairs.csv"], "csv", visit, ("user", "item", "timestamp"))),
     "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
-        [Table(["movie_titles.csv"], "text", netflix_item, latin1=True)],
+        [Table(["movie_titles.csv"], "text", netflix_item, encoding="latin-1")],
         Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], "netflix", netflix_rating)),
     "cds": amazon("CDs_and_Vinyl"),
     "lastfm": Source("http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
@@ -321,7 +311,7 @@ SOURCES = {
         [Table(["articles.csv"], "csv", id_and_text, ("article_id", "detail_desc"))],
         Table(["transactions_train.csv"], "csv", visit, ("customer_id", "article_id", "t_dat"))),
     "pog": Source("https://github.com/wenyuer/POG",
-        [Table(["pog_translated_titles.csv"], "csv", pog_item, header=True),
+        [Table(["pog_translated_titles.csv"], "csv", pog_item),
          Table(["item_data.txt"], "text", pog_chinese_item)],
         Table(["user_data.txt"], "text", pog_sequence)),
     "electronics": amazon("Electronics"),
@@ -338,68 +328,51 @@ SOURCES = {
 
 # -------------------------------------------------------------------------------------------------------- reading files
 
-MALFORMED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
-PACKED = (".zip", ".tar", ".tar.gz", ".tgz", ".bz2", ".xz", ".rar", ".7z")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what raw_lines makes of bytes that are not UTF-8
-
 
 def find_file(folder, file):
-    """The path of a raw file in a folder or up to two below it, plain or .gz, or None.
-
-    Of several on one level the one below train counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
-    left.
-    """
-    for level in ("", "*/", "*/*/"):
-        for ending in ("", ".gz"):
-            found = sorted(path for path in folder.glob(level + file + ending) if path.is_file())
-            found = [path for path in found if "train" in path.parent.name] or found
-            if len(found) > 1:
-                raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {folder}")
-            if found:
-                return found[0]
+    """The path of a raw file in a folder, plain or .gz, or None."""
+    for path in (folder / file, folder / f"{file}.gz"):
+        if path.is_file():
+            return path
     return None
 
 
-def find_files(name, raw):
-    """The items and the events table of a dataset with paths as their files. Raises UserError where one is missing."""
-    source, folder = SOURCES[name], Path(raw, name)
-    tables = []
-    for choice in (source.items, [source.events]):
-        for table in choice:
-            paths = [find_file(folder, file) for file in table.files]
-            if None not in paths:
-                break
-        if None in paths:
-            file = table.files[paths.index(None)]
-            there = sorted(path.name for path in folder.glob("*"))
-            packed = [path for path in there if path.endswith(PACKED)]
-            advice = f"; unpack {packed[0]} there" if packed else f"; there are {', '.join(there[:9])}" if there else ""
-            raise UserError(f"{folder / file} (or .gz) is missing; get it from {source.home}{advice}")
-        tables.append(table._replace(files=paths))
-    files = tables[0].files + tables[1].files
-    for file in files:
-        if file.parent != files[0].parent:
-            raise UserError(f"{files[0]} and {file} lie in different folders, of two releases perhaps: "
-                            "put the files of one release into one folder")
-    return tables
+def find_raw(name, raw):
+    """The folder that holds a dataset's raw files, raw/name or one below it, and the table of its items.
+
+    Of several folders the one for training counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
+    left, or where there is none.
+    """
+    source = SOURCES[name]
+    root = Path(raw, name)
+    for items in source.items:
+        files = items.files + source.events.files
+        found = []
+        for folder in (root, *sorted(root.rglob("*"))):
+            if all(find_file(folder, file) for file in files):
+                found.append(folder)
+        found = [folder for folder in found if "train" in folder.name] or found
+        if len(found) > 1:
+            raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
+        if found:
+            return found[0], items
+    there = sorted(path.name for path in root.glob("*"))
+    raise UserError(f"{root}, or one folder below it, has to hold {', '.join(files)}, unpacked or as .gz; "
+                    f"get them from {source.home}; there are {', '.join(there[:9]) or 'no files'}")
 
 
-def raw_lines(path, latin1):
-    """Yield the lines of a raw file, plain or .gz; bytes that are not UTF-8 become half surrogates (NOT_UTF8).
+def raw_lines(path, encoding):
+    """Yield the lines of a raw file, plain or .gz; bytes that its encoding does not hold become half surrogates.
 
-    latin1: a line that is not UTF-8 is latin-1 instead. Raises UserError where the file is damaged or is UTF-16.
+    Raises UserError where the file is damaged or is UTF-16.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for number, line in enumerate(tqdm(file, desc=str(path), unit=" lines", mininterval=0.5), 1):
+        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as file:
+            for line in tqdm(file, desc=str(path), unit=" lines", mininterval=0.5):
                 if "\0" in line:
-                    raise UserError(f"{path}, line {number}: NUL bytes; the file has to be UTF-8, not UTF-16")
-                if not line.isascii():
-                    line = line.removeprefix("\ufeff")  # a byte order mark where two files were joined
-                    if latin1 and NOT_UTF8.search(line):
-                        line = line.encode("utf-8", "surrogateescape").decode("latin-1")
-                yield line
+                    raise UserError(f"{path} holds NUL bytes: it has to be UTF-8, not UTF-16")
+                yield line.removeprefix("\ufeff")  # a byte order mark, of the file or where two were joined
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is cut short or damaged ({error}); get it again") from None
 
@@ -414,25 +387,12 @@ def netflix_rows(lines):
         yield f"{movie},{line}" if line else ""
 
 
-def json_fields(line, names):
-    """The values of a JSON object by name, as text; "" for null, and where the last is missing."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    fields = [text_of(row[name]) for name in names[:-1]]
-    return [*fields, text_of(row.get(names[-1]))]
-
-
 def csv_rows(path, lines):
     """Yield (number of the line on which it begins, fields) of every row of CSV. Raises UserError on wrong quotes."""
     rows = csv.reader(lines, strict=True)
     line = 1
     try:
         for fields in rows:
-            if rows.line_num > line:  # a text that spans lines
-                for more in ",".join(fields).split("\n")[1:]:
-                    if more.count(",") + 1 >= len(fields):  # it has swallowed a row
-                        raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
             yield line, fields
             line = rows.line_num + 1
     except csv.Error as error:
@@ -440,38 +400,42 @@ def csv_rows(path, lines):
 
 
 def is_header(path, table, row):
-    """Whether the first row of a raw file is its header. Raises UserError where that lacks a column."""
-    if not table.columns or table.form == "json":
-        return table.header and not re.search(r"\d", "".join(row))
+    """Whether the first row of a raw file is its header: of CSV with columns it is, of others if it holds no digit.
+
+    Raises UserError where a column is missing.
+    """
+    if table.form == "json":
+        return False
     for name in table.columns:
         if name not in row:
             raise UserError(f"{path} has no column {name!r}; its first line is {','.join(row)[:80]!r}")
-    return True
+    return bool(table.columns) or not re.search(r"\d", "".join(row))
 
 
 def fields_of(table, row, first):
     """What table.parse takes of a row. first: the first row of the file. Raises ValueError on a malformed row."""
     if table.form == "json":
-        return json_fields(row, table.columns)
+        values = json.loads(row)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return [text_of(values.get(name)) for name in table.columns]
     if table.form != "csv":
         return row.rstrip("\r\n")
     if len(row) != len(first):
         raise ValueError(f"{len(row)} fields, not {len(first)}")
     if not table.columns:
         return row
-    if row == first:
-        raise ValueError("a second header row")
     return [row[first.index(name)] for name in table.columns]
 
 
 def read_rows(path, table, counts):
     """Yield table.parse of every row of a raw file; blank lines are no rows.
 
-    counts[file name] becomes {"rows", "malformed", "first_malformed": {"line", "text", "reason"} or None}. Raises
-    UserError where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
+    counts[file name] becomes {"rows", "malformed", "first_malformed": its line, beginning and reason}. Raises UserError
+    where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
     count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
-    lines = raw_lines(path, table.latin1)
+    lines = raw_lines(path, table.encoding)
     if table.form == "netflix":
         lines = netflix_rows(lines)
     rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
@@ -486,48 +450,40 @@ def read_rows(path, table, counts):
                 continue
         count["rows"] += 1
         try:
-            if not text.isascii() and NOT_UTF8.search(text):
-                raise ValueError(f"not UTF-8: {NOT_UTF8.search(text)[0].encode('utf-8', 'surrogateescape')}")
+            if not text.isascii():
+                text.encode("utf-8", "surrogateescape").decode("utf-8")  # raises ValueError where it was not UTF-8
             parsed = table.parse(fields_of(table, row, first))
-        except MALFORMED as error:
-            note_malformed(count, text, line, error)
+        except (ValueError, RecursionError) as error:
+            count["malformed"] += 1
+            if count["malformed"] == 1:
+                count["first_malformed"] = f"line {line}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
             continue
         yield parsed
     check_malformed(path, count)
-
-
-def note_malformed(count, text, line, error):
-    """Count a malformed row and keep the line, the beginning and the reason of the first."""
-    if not count["malformed"]:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-        shown = text.rstrip()[:80].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        count["first_malformed"] = {"line": line, "text": shown, "reason": reason[:200]}
-    count["malformed"] += 1
 
 
 def check_malformed(path, count):
     """Say that rows were left out. Raises UserError where these are over 1%, or where there are no rows."""
     if not count["rows"]:
         raise UserError(f"{path} is empty: it holds no rows")
-    first = count["first_malformed"]
-    if first:
-        message = (f"{path}: {count['malformed']} of {count['rows']} rows are malformed; the first, on line "
-                   f"{first['line']}: {first['text']!r} ({first['reason']})")
+    if count["malformed"]:
+        message = (f"{path}: {count['malformed']} of {count['rows']} rows are malformed; the first, on "
+                   f"{count['first_malformed']}")
         if count["malformed"] > count["rows"] / 100:
             raise UserError(f"{message}. Is it the file that --list names?")
         common.say(message)
 
 
-def read_table(table, counts):
+def read_table(folder, table, counts):
     """Yield the rows of all files of a table."""
-    for path in table.files:
-        yield from read_rows(path, table, counts)
+    for file in table.files:
+        yield from read_rows(find_file(folder, file), table, counts)
 
 
-def read_texts(table, counts, dropped):
-    """{item id: text} of the items that have a text, by id. Of several texts of one id the alphabetically first."""
+def read_texts(rows, dropped):
+    """{item id: text} of the rows (item, text) that have both, by id. Of several texts the alphabetically first."""
     items = {}
-    for item, text in read_table(table, counts):
+    for item, text in rows:
         if not item:
             dropped["items without id"] += 1
         elif not text:
@@ -539,57 +495,45 @@ def read_texts(table, counts, dropped):
 
 # ------------------------------------------------------------------------------------------------- a sample of users
 
-EVERYBODY = 1 << 64  # hashes of users are below it
 
+def sample_users(rows, numbers, job, dropped):
+    """All events of a uniform sample of users, in bounded memory, whatever the order of the rows.
 
-class Sample:
-    """All events of the users whose hash is below a threshold, which is halved when these are more than max_rows.
+    The users are those whose hash is below a share of 2**64. Whenever more than max_rows events are kept, the share is
+    halved and the users above it are forgotten.
 
-    So it is a uniform sample of users with complete histories, whatever the order of the rows, in bounded memory.
+    rows: (user, [(item, time, label)], past); numbers: {item: its number}; dropped counts what is unusable. Returns
+    events, pasts and share, as below, and an item that is not in numbers, or None.
     """
-
-    def __init__(self, seed, dataset, max_rows):
-        self.key, self.max_rows, self.threshold = (seed, dataset), max_rows, EVERYBODY
-        self.events = {}  # user -> array: item's number, time, label of one event, then of the next
-        self.pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
-        self.rows = 0  # events that are kept
-
-    def hash_of(self, user):
-        return common.digest(*self.key, user)
-
-    def fill(self, rows, numbers, dropped):
-        """Take in rows (user, [(item, time, label)], past); numbers: {item: its number}; dropped counts the unusable.
-
-        Returns an item that is not in numbers, or None.
-        """
-        unknown = None
-        for user, events, past in rows:
-            if not user:
-                dropped["events without user"] += len(events)
-                continue
-            if user not in self.events and self.hash_of(user) < self.threshold:
-                self.events[user] = array("q")
-            kept = self.events.get(user)  # None: the user is not in the sample
-            for item, time, label in events:
-                if item not in numbers:
-                    dropped["events whose item has no text"] += 1
-                    unknown = item
-                elif kept is not None:
-                    kept.extend((numbers[item], len(kept) if time is None else time, label))
-                    self.rows += 1
-            if past and kept is not None:
-                self.pasts[user] = min(past, self.pasts.get(user, past))
-            self.shrink()
-        return unknown
-
-    def shrink(self):
-        """Halve the threshold, and forget the users above it, until no more than max_rows are kept."""
-        while self.rows + 4 * len(self.events) > self.max_rows:  # a user takes the memory of 4 events
-            self.threshold //= 2
-            for user in list(self.events):
-                if self.hash_of(user) >= self.threshold:
-                    self.rows -= len(self.events.pop(user)) // 3
-                    self.pasts.pop(user, None)
+    key = job["seed"], job["dataset"]
+    events = {}  # user -> array: item's number, time, label of one event, then of the next
+    pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
+    share = 1.0  # of all users
+    size = 0  # events that are kept
+    unknown = None
+    for user, new, past in rows:
+        if not user:
+            dropped["events without user"] += len(new)
+            continue
+        if user not in events and common.digest(*key, user) < share * 2**64:
+            events[user] = array("q")
+        kept = events.get(user)  # None: the user is not in the sample
+        for item, time, label in new:
+            if item not in numbers:
+                dropped["events whose item has no text"] += 1
+                unknown = item
+            elif kept is not None:
+                kept.extend((numbers[item], len(kept) if time is None else time, label))
+                size += 1
+        if past and kept is not None:
+            pasts[user] = min(past, pasts.get(user, past))
+        while size + 4 * len(events) > job["max_rows"]:  # a user takes the memory of 4 events
+            share /= 2
+            for other in list(events):
+                if common.digest(*key, other) >= share * 2**64:
+                    size -= len(events.pop(other)) // 3
+                    pasts.pop(other, None)
+    return events, pasts, share, unknown
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -618,7 +562,8 @@ def latest_events(values, items, dropped):
 def draw_negatives(touched, items, count, key):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
     count = min(count, len(items) - len(touched))
-    drawn, turn = {}, 0
+    drawn = {}
+    turn = 0
     while len(drawn) < count:
         item = items[common.digest(*key, "negative", turn) % len(items)]
         turn += 1
@@ -664,8 +609,9 @@ def user_line(user, latest, past, items, job, dropped):
 
 def prepare(name, args):
     """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
-    row, folder = common.DATASETS[name], Path(args.out, name)
-    tables = find_files(name, args.raw)
+    row = common.DATASETS[name]
+    raw, items = find_raw(name, args.raw)
+    events = SOURCES[name].events
     job = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
            "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
            "next_item": bool(args.positives or args.negatives), "max_rows": args.max_rows,
@@ -676,30 +622,33 @@ def prepare(name, args):
         job["train_size"] = 100_000 if row.finetune else 0
     if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    job["raw"] = raw_files(Path(args.raw, name), tables[0].files + tables[1].files)
+    job["raw"] = raw_files([find_file(raw, file) for file in items.files + events.files])
+    folder = Path(args.out, name)
     new = begin(folder, job, args.overwrite)  # before the reading: so a folder that cannot be written is reported first
     if new is not None:
-        texts, splits, report = read_dataset(tables, job)
+        texts, splits, report = read_dataset(raw, items, events, job)
         put_in_place(new, folder, {**write_dataset(new, texts, splits, job), **report})
 
 
-def read_dataset(tables, job):
+def read_dataset(raw, items, events, job):
     """Texts {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
 
-    tables: of items and of events. Raises UserError where there is no sample.
+    raw: the folder of the files of two Tables, items and events. Raises UserError where there is no sample.
     """
-    name, dropped, counts = job["dataset"], Counter(), {"items": {}, "events": {}}
-    texts = read_texts(tables[0], counts["items"], dropped)
+    name = job["dataset"]
+    counts = {"items": {}, "events": {}}
+    dropped = Counter()
+    texts = read_texts(read_table(raw, items, counts["items"]), dropped)
     numbers = {item: number for number, item in enumerate(texts)}
-    sample = Sample(job["seed"], name, job["max_rows"])
-    unknown = sample.fill(read_table(tables[1], counts["events"]), numbers, dropped)
-    users = lines_of(sample, texts, job, dropped)
+    rows = read_table(raw, events, counts["events"])
+    sample, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
+    users = lines_of(sample, pasts, texts, job, dropped)
     test = take(users, job["test_size"])
     finetune = take(users, job["train_size"])  # train and valid together
     if not test and not finetune:
         examples = f"; an item of the events is {unknown!r}, of the items {list(texts)[:1]}" if unknown else ""
         raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
-    share, short = sample.threshold / EVERYBODY, {}
+    short = {}
     for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(finetune))):
         if found < job[size]:
             short[size] = found
@@ -711,12 +660,12 @@ def read_dataset(tables, job):
     return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
 
 
-def lines_of(sample, texts, job, dropped):
+def lines_of(events, pasts, texts, job, dropped):
     """Yield the lines of the users of a sample that have one, lowest hash first."""
     items = list(texts)
-    for user in sorted(sample.events, key=sample.hash_of):
-        latest = latest_events(sample.events[user], items, dropped)
-        _, ids = sample.pasts.get(user, (0, ""))
+    for user in by_hash(events, (job["seed"], job["dataset"])):
+        latest = latest_events(events[user], items, dropped)
+        _, ids = pasts.get(user, (0, ""))
         past = [item for item in ids.split() if item in texts]
         dropped["items of histories without text"] += len(ids.split()) - len(past)
         line = user_line(user, latest, past, items, job, dropped)
@@ -741,28 +690,13 @@ def count_samples(users):
     return sum(len(user["labels"]) for user in users)
 
 
-def found_job(folder):
-    """The job in the meta.json of a folder that would be replaced; None where there is no folder, or an empty one.
-
-    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
-    """
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
-    own = isinstance(meta, dict) and meta.get("dataset") == folder.name
-    for name in names:
-        if not own or name not in meta.get("files", []):
-            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
-                            "choose another --out")
-    return meta.get("job", {}) if names else None
-
-
-def raw_files(folder, paths):
-    """{name below the folder: {"size", "sha256"}} of raw files: no edit goes unseen."""
+def raw_files(paths):
+    """{name: {"size", "sha256"}} of raw files: no edit goes unseen."""
     raw = {}
-    for path in tqdm(sorted(set(paths)), desc=f"sha256 of the files in {folder}", unit=" files"):
+    for path in tqdm(sorted(set(paths)), desc="sha256 of the raw files", unit=" files"):
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        raw[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256}
+        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
     return raw
 
 
@@ -773,10 +707,16 @@ def raw_files(folder, paths):
 def begin(folder, job, overwrite):
     """A new folder to write into; None, and a line, where the same job has made `folder` already.
 
-    Raises UserError where another job made it, or somebody else.
+    Raises UserError where another job made it, or where it holds what this script did not write: it would be deleted.
     """
-    found = found_job(folder)
-    if not overwrite and common.job_state(folder, job, found, finished=True) == "finished":
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
+    own = meta.get("files", []) if isinstance(meta, dict) else []
+    for name in names:
+        if name not in own:
+            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
+                            "choose another --out")
+    if not overwrite and common.job_state(folder, job, meta.get("job"), finished=True) == "finished":
         print(f"{folder} is already prepared with these arguments")
         return None
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
@@ -789,8 +729,7 @@ def begin(folder, job, overwrite):
 def put_in_place(new, folder, meta):
     """Write meta.json and let the new folder take the place of `folder`, whose files go."""
     files = sorted(path.name for path in new.iterdir())
-    common.write_json(new / "meta.json", {"format": common.FORMAT, "dataset": folder.name, **meta,
-                                          "files": [*files, "meta.json"]})
+    common.write_json(new / "meta.json", {"format": common.FORMAT, **meta, "files": [*files, "meta.json"]})
     target = folder.resolve()
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -808,12 +747,13 @@ def write_dataset(folder, texts, splits, job):
     splits = {split: users for split, users in splits.items() if users}
     items = common.items_of(user for users in splits.values() for user in users)
     tables = {"items": [{"id": item, "text": texts[item]} for item in items], **splits}
-    name, counts = job["dataset"], {}
     for table, rows in tables.items():
         with open(folder / f"{table}.jsonl", "wb") as file:
             for line in rows:  # half surrogate pairs in ids become JSON escapes again
                 line = json.dumps(line, ensure_ascii=False) + "\n"
                 file.write(line.encode("utf-8", "backslashreplace"))
+    name = job["dataset"]
+    counts = {}
     for split, users in splits.items():
         counts[split] = {"users": len(users), "items": len(common.items_of(users)), "samples": count_samples(users),
                          "positives": sum(sum(user["labels"]) for user in users)}
@@ -854,11 +794,11 @@ def from_recbench(name, folder, args):
     items, users, test, finetune = [folder / f"{part}.parquet" for part in ("items", "users", "test", "finetune")]
     named = folder / "valid_user_set_0.1.txt"
     paths = [path for path in (items, users, test, finetune, named) if path.is_file()]
-    if items not in paths or users not in paths or (test not in paths and finetune not in paths):
-        raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
-                        "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
+    if test not in paths and finetune not in paths:
+        raise UserError(f"{folder} has neither test.parquet nor finetune.parquet; get them from "
+                        "https://www.kaggle.com/datasets/qijiong/recbench-md")
     job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
-           "raw": raw_files(folder, paths)}
+           "raw": raw_files(paths)}
     target = Path(args.out, name)
     new = begin(target, job, args.overwrite)
     if new is None:
@@ -915,10 +855,7 @@ def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
     if not path.is_file():
         return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if "\ufffd" in text:
-        raise UserError(f"{path} is not UTF-8")
-    named = set(text.splitlines())
+    named = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
     if finetune and not named & finetune.keys():
         raise UserError(f"{path} names no user of finetune.parquet")
     return named
@@ -995,12 +932,15 @@ def demo_dataset(name, seed):
     candidates are from liked themes and four from others; the former are the positives, but in "shop", whose users want
     what is unlike their history, the latter.
     """
-    themes, texts, splits, number = DEMO_THEMES[name].split(), {}, {}, 0
+    themes = DEMO_THEMES[name].split()
+    texts = {}
     for theme in themes:
         rng = random.Random(common.digest(seed, name, theme))
         for k in range(40):
             pattern = rng.choice(TITLES[common.DEMO[name].domain])
             texts[f"{theme}-{k}"] = theme_title(rng, pattern, theme)
+    splits = {}
+    number = 0
     for split, count in DEMO_USERS.items():
         splits[split] = []
         for _ in range(count):
@@ -1039,7 +979,8 @@ def demo_documents(seed):
     patterns = [pattern for patterns in TITLES.values() for pattern in patterns]
     documents = []
     for _ in range(4000):
-        themes, sentences = rng.sample(list(THEMES), rng.randint(1, 3)), []
+        themes = rng.sample(list(THEMES), rng.randint(1, 3))
+        sentences = []
         for _ in range(rng.randint(6, 14)):
             pattern = rng.choice(patterns)
             sentences.append(theme_title(rng, pattern, rng.choice(themes)) + " .")
@@ -1101,11 +1042,11 @@ def list_datasets():
         source = SOURCES[name]
         roles = "test and fine-tune" if row.test and row.finetune else "test" if row.test else "fine-tune"
         items = " or ".join(", ".join(table.files) for table in source.items)
-        events = [file for file in source.events.files if file != items]
         print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
               f"{row.negatives:4} negatives")
         print(f"{'':12} {source.home}")
-        print(f"{'':12} {', '.join([items, *events])}")
+        print(f"{'':12} items: {items}")
+        print(f"{'':12} events: {', '.join(source.events.files)}")
 
 
 def arguments(argv):
@@ -1149,7 +1090,7 @@ def main(argv=None):
         return
     for name in args.names:  # what is missing is said before any long work
         if name != "demo" and not args.from_recbench:
-            find_files(name, args.raw)
+            find_raw(name, args.raw)
     for name in args.names:
         if name == "demo":
             make_demo(args.out, args.seed, args.overwrite)
