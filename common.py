@@ -731,7 +731,7 @@ def sentence_modules(name, pooling, default):
             dense.append(load_dense(name, path))
     if pooling == "auto":
         pooling = default
-        say(f"{name}: pooling {pooling}: no sentence-transformers files (or the hub cannot be asked: then see --pooling)")
+        say(f"{name}: pooling {pooling}, for want of sentence-transformers files (or of the hub: then see --pooling)")
     return pooling, dense
 
 
@@ -1438,7 +1438,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """--help shows the script's docstring as it stands, and the defaults of the flags that have one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

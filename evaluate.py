@@ -8,8 +8,8 @@
         --against results/zero-shot                                                (does the history matter?)
 
 For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost) and OUT/<dataset>.scores.jsonl: a line that
-says how the scores were made, then a line per user, {"user": ..., "scores": [...]}. A killed run continues by the same
-command, without --overwrite.
+says how the scores were made, then a line per user, {"user": ..., "scores": [...], "labels": [...]}. A killed run
+continues by the same command, without --overwrite.
 """
 import json
 import math
@@ -51,8 +51,10 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     metas = check_tests(args)
-    run = common.read_run(args.adapter, args) if args.adapter else {}
-    say_warnings(args, run, metas)
+    run = {"train_chain": [], "domains": {}}  # of the base model
+    if args.adapter:
+        run = common.read_run(args.adapter, args)
+        say_warnings(args, run, metas)
     jobs = {name: job_of(args, name) for name in metas}
     states = {name: state_of(args, name, job) for name, job in jobs.items()}  # what is in the way is said at once
     compared = check_against(args, jobs) if args.against else []
@@ -68,13 +70,12 @@ def main(argv=None):
             users = with_other_histories(name, users)
         if scorer is None and args.model not in BASELINES:
             scorer = common.load_scorer(args)
-            scorer = common.load_adapter(scorer, args.adapter) if args.adapter else scorer
-        started = time.perf_counter()
+            if args.adapter:
+                scorer = common.load_adapter(scorer, args.adapter)
         cost = score_users(args, name, users, items, scorer, jobs[name], state)
-        cost["seconds"] = time.perf_counter() - started
         results.append(finish(args, name, users, items, scorer, jobs[name], cost))
-    domains = {**common.domains_of(metas), **run.get("domains", {})}
-    print(table(results, run.get("train_chain", []), domains))
+    domains = {**common.domains_of(metas), **run["domains"]}
+    print(table(results, run["train_chain"], domains))
     if compared:
         print("\n" + against(args, compared))
 
@@ -98,10 +99,10 @@ def say_warnings(args, run, names):
     """Say why the results of an adapter are weaker evidence than they look."""
     now = {**vars(args), "prompt": common.load_prompt(args.prompt)}
     for key in ("prompt", "chat_template", "pooling", "max_length"):
-        if run and run["job"][key] != now[key]:
+        if run["job"][key] != now[key]:
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
     for name in names:
-        if name in run.get("valid_chain", []) and name not in run["train_chain"]:
+        if name in run["valid_chain"] and name not in run["train_chain"]:
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
 
 
@@ -129,15 +130,15 @@ def state_of(args, name, job):
         return "start"
     result, scores = result_path(args.out, name), scores_path(args.out, name)
     found = None
-    if scores.exists():
+    if scores.exists() or result.exists():
         found = job_of_scores(scores)
-    elif result.exists():
-        found = {}  # somebody else's file, or one whose scores are gone
     return common.job_state(Path(args.out, name), job, found, result.exists())
 
 
 def job_of_scores(path):
-    """The job in the first line of a scores file; {} where it is somebody else's file."""
+    """The job in the first line of a scores file; {} where there is no such file, or it is somebody else's."""
+    if not path.exists():
+        return {}
     with open(path, "rb") as file:
         return common.job_in(file.readline())
 
@@ -148,8 +149,7 @@ def check_against(args, jobs):
     if not shared:
         raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
     for name in shared:
-        scores = scores_path(args.against, name)
-        other = job_of_scores(scores) if scores.exists() else None
+        other = job_of_scores(scores_path(args.against, name))
         if not other:
             raise UserError(f"--against {args.against} holds no scores of evaluate.py for {name}")
         for key in ("data_sha256", "split", "limit_users"):
@@ -166,14 +166,15 @@ def score_users(args, name, users, items, scorer, job, state):
 
     A run that was killed goes on after its last whole line; what it takes is then counted for the users after that.
     """
+    started = time.perf_counter()
     path = scores_path(args.out, name)
     done = whole_lines(path) - 1 if state == "continue" else 0  # the first line is the job
     # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
     chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
     chosen_by = read_choices(args, name) if args.model in BASELINES else None
     known = {}  # embeddings of items
-    cost = {"samples_scored": 0, "tokens_scored": 0, "tokens_unpacked": 0}
-    progress = tqdm(total=len(users), initial=done, desc=name, unit="user", mininterval=0.5)
+    cost = {"tokens_scored": 0, "tokens_unpacked": 0}
+    progress = tqdm(total=len(users), initial=done, desc=name, unit="user")
     for start in range(done, len(users), chunk):
         batch = users[start:start + chunk]
         if args.model in BASELINES:
@@ -184,14 +185,15 @@ def score_users(args, name, users, items, scorer, job, state):
         lines = score_lines(name, batch, scores, took["dropped"])
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
-            common.write_atomically(path, json.dumps({"job": job}) + "\n")
+            common.write_atomically(path, json.dumps({"job": job, "users": len(users)}) + "\n")
         with open(path, "a", encoding="utf-8") as file:
             file.write(lines)
         progress.update(len(batch))
-        cost["samples_scored"] += sum(map(len, scores))
-        for key in ("tokens_scored", "tokens_unpacked"):
+        for key in cost:
             cost[key] += took[key]
     progress.close()
+    cost["samples_scored"] = sum(len(user["candidates"]) for user in users[done:])
+    cost["seconds"] = time.perf_counter() - started
     return cost
 
 
@@ -223,7 +225,7 @@ def score_lines(name, batch, scores, dropped):
     for user, values, cut in zip(batch, scores, dropped):
         if not np.isfinite(values).all():
             raise UserError(f"{name}: scores of user {user['user']} are NaN or infinite; try --dtype float32")
-        line = {"user": user["user"], "scores": values.tolist()}
+        line = {"user": user["user"], "scores": values.tolist(), "labels": user["labels"]}
         if cut:
             line["dropped"] = cut  # so many of the oldest items of the history did not fit
         lines += json.dumps(line) + "\n"
@@ -232,22 +234,34 @@ def score_lines(name, batch, scores, dropped):
 
 def finish(args, name, users, items, scorer, job, cost):
     """Compute the metrics of a whole scores file and write the result. Returns it (a dict)."""
-    scored, histories_cut = read_scores(scores_path(args.out, name), users)
+    scored, histories_cut = read_scores(scores_path(args.out, name))
     labels = np.concatenate([labels for _, labels in scored])
+    truncated = {"texts": common.count_long_texts(users, items), "histories": histories_cut}
     metrics = common.evaluate_users(scored, seed=args.seed)
     low, high = metrics["ci"]["group_auc"] or [0, 1]  # undefined: it may be anything
     collapsed = low <= 0.5 <= high and high - low < 0.1  # chance is inside the interval, and the interval is narrow
     result = {
-        "dataset": name, "split": args.split, "type": args.type, "model": common.model_name(args.model),
-        "adapter": args.adapter, "n_users": len(users), "n_samples": len(labels), "n_positives": int(labels.sum()),
-        **metrics, "collapsed": collapsed,
-        "truncated": {"texts": common.count_long_texts(users, items), "histories": histories_cut},
-        **cost, "samples_per_s": cost["samples_scored"] / cost["seconds"],
+        "dataset": name,
+        "split": args.split,
+        "type": args.type,
+        "model": common.model_name(args.model),
+        "adapter": args.adapter,
+        "n_users": len(users),
+        "n_samples": len(labels),
+        "n_positives": int(labels.sum()),
+        **metrics,
+        "collapsed": collapsed,
+        "truncated": truncated,
+        **cost,
+        "samples_per_s": cost["samples_scored"] / cost["seconds"],
         "peak_memory_gb": common.peak_memory_gb(scorer.model.device if scorer else "cpu"),
-        "data_sha256": job["data_sha256"], "seed": args.seed, "job": job, "arguments": vars(args),
+        "data_sha256": job["data_sha256"],
+        "seed": args.seed,
+        "job": job,
+        "arguments": vars(args),
         "versions": common.versions()}
     common.write_json(result_path(args.out, name), result)
-    for what, count in result["truncated"].items():
+    for what, count in truncated.items():
         if count:
             say(f"{name}: {count} {what} were cut to fit")
     if collapsed:
@@ -256,18 +270,17 @@ def finish(args, name, users, items, scorer, job, cost):
     return result
 
 
-def read_scores(path, users):
+def read_scores(path):
     """([(scores, labels)] per user, number of users whose history was cut) of a scores file.
 
-    Raises UserError where the file does not fit the users.
+    Raises UserError where users are missing.
     """
-    lines = [line for _, line in common.read_lines(path)][1:]  # the first is the job
-    found = [(line.get("user"), len(line.get("scores", []))) for line in lines]
-    if found != [(user["user"], len(user["labels"])) for user in users]:
-        raise UserError(f"{path} does not hold the scores of the split's users; --overwrite scores it again")
+    first, *lines = [line for _, line in common.read_lines(path)]
+    if len(lines) != first["users"]:
+        raise UserError(f"{path} holds {len(lines)} of {first['users']} users; --overwrite scores it again")
     scored, cut = [], 0
-    for line, user in zip(lines, users):
-        scored.append((np.array(line["scores"], float), np.array(user["labels"])))
+    for line in lines:
+        scored.append((np.array(line["scores"], float), np.array(line["labels"])))
         cut += "dropped" in line
     return scored, cut
 
@@ -299,9 +312,8 @@ def baseline_scores(args, name, users, chosen_by):
     """
     all_scores = []
     for user in users:
-        scores = []
+        scores, own = [], {user["user"]}
         for candidate in user["candidates"]:
-            own = {user["user"]}
             fans = chosen_by.get(candidate, set()) - own
             score = 0.0
             if args.model == "random":
@@ -311,8 +323,9 @@ def baseline_scores(args, name, users, chosen_by):
             else:
                 for item in user["history"]:
                     others = chosen_by.get(item, set()) - own
-                    if fans and others:
-                        score += len(fans & others) / math.sqrt(len(fans) * len(others))
+                    both = len(fans & others)
+                    if both:
+                        score += both / math.sqrt(len(fans) * len(others))
             scores.append(score)
         all_scores.append(np.array(scores, float))
     return all_scores
@@ -332,10 +345,13 @@ def table(results, train, domains):
     """The results as a Markdown table, with the main metrics. train: what the model was trained on."""
     rows = [["dataset", "setting", "users", "samples", *SHOWN, "samples/s"]]
     for result in results:
-        setting = common.setting_of(train, result["dataset"], domains) if result["model"] not in BASELINES else "-"
-        cells = [show({"value": result[name], "ci": result["ci"][name]}) for name in SHOWN]
-        rows.append([result["dataset"], setting, str(result["n_users"]), str(result["n_samples"]), *cells,
-                     f"{result['samples_per_s']:.0f}"])
+        setting = common.setting_of(train, result["dataset"], domains)
+        if result["model"] in BASELINES:
+            setting = "-"
+        row = [result["dataset"], setting, str(result["n_users"]), str(result["n_samples"])]
+        for name in SHOWN:
+            row.append(show({"value": result[name], "ci": result["ci"][name]}))
+        rows.append([*row, f"{result['samples_per_s']:.0f}"])
     note = "[95% intervals over the choice of users, not over the luck of a training run]"
     return f"{common.markdown_table(rows)}\n{note}"
 
@@ -344,10 +360,9 @@ def against(args, names):
     """The paired differences on these datasets from the results in --against, as a Markdown table."""
     rows = [[f"difference from {args.against}", "users", *SHOWN]]
     for name in names:
-        users, _ = common.read_users(args.data, name, args.split, args.limit_users)
-        ours, _ = read_scores(scores_path(args.out, name), users)
-        theirs, _ = read_scores(scores_path(args.against, name), users)
-        row = [name, str(len(users))]
+        ours, _ = read_scores(scores_path(args.out, name))
+        theirs, _ = read_scores(scores_path(args.against, name))
+        row = [name, str(len(ours))]
         for metric in SHOWN:  # one seed: the same users are drawn for both
             our_draws = common.bootstrap(metric, ours, seed=args.seed)
             their_draws = common.bootstrap(metric, theirs, seed=args.seed)

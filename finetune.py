@@ -85,18 +85,30 @@ def main(argv=None):
     state = fine_tune(args, scorer, train, valid, state, job)
 
     # over the whole chain of --init-adapter
-    train_chain = list(dict.fromkeys([*earlier.get("train_chain", []), *args.train]))
-    valid_chain = list(dict.fromkeys([*earlier.get("valid_chain", []), *args.valid]))
-    domains = earlier.get("domains", {})
+    train_chain = list(dict.fromkeys([*earlier["train_chain"], *args.train]))
+    valid_chain = list(dict.fromkeys([*earlier["valid_chain"], *args.valid]))
+    domains = earlier["domains"]
     for name in args.train:
         domains[name] = metas[name]["domain"]
     run = {
-        "model": scorer.name, "type": args.type, "train": args.train, "valid": args.valid,
-        "train_chain": train_chain, "valid_chain": valid_chain, "domains": domains,
-        "steps": state["steps"], "samples": state["samples"], "seconds": state["seconds"],
-        "best": state["best"], "curve": state["curve"],
-        "beats_base": state["best"]["step"] > 0, "unstable": unstable(state["curve"]),
-        "truncated": truncated, "job": job, "arguments": vars(args), "versions": common.versions()}
+        "model": scorer.name,
+        "type": args.type,
+        "train": args.train,
+        "valid": args.valid,
+        "train_chain": train_chain,
+        "valid_chain": valid_chain,
+        "domains": domains,
+        "steps": state["steps"],
+        "samples": state["samples"],
+        "seconds": state["seconds"],
+        "best": state["best"],
+        "curve": state["curve"],
+        "beats_base": state["best"]["step"] > 0,
+        "unstable": unstable(state["curve"]),
+        "truncated": truncated,
+        "job": job,
+        "arguments": vars(args),
+        "versions": common.versions()}
     if processes()[0] == 0:
         save_run(args, scorer, run)
         report(args, run, test_sets)
@@ -200,7 +212,7 @@ def train_step(scorer, optimizer, train, batch):
     scorer.model.train()
     optimizer.zero_grad()
     mean_loss, total_tokens = 0.0, 0
-    for loss, tokens in losses(scorer, train, share):  # of each part that fits into memory
+    for loss, tokens in losses(scorer, train, by_user(share)):  # of each part that fits into memory
         if not loss.requires_grad:
             raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
         loss = loss / len(batch)
@@ -215,18 +227,25 @@ def train_step(scorer, optimizer, train, batch):
     return mean_loss, total_tokens
 
 
-def prompt_losses(scorer, train, samples):
+def by_user(samples):
+    """{user: candidates} of samples: a user's prompts share a row."""
+    chosen = {}
+    for user, candidate in samples:
+        chosen.setdefault(user, []).append(candidate)
+    return chosen
+
+
+def prompt_losses(scorer, train, chosen):
     """Yield (loss, tokens) of each part of a batch: binary cross-entropy of the logit difference, summed over samples.
 
-    A part is one forward pass: at most --max-tokens tokens with their padding.
+    chosen: {user: candidates}. A part is one forward pass: at most --max-tokens tokens with their padding.
     """
-    per_user, labels = {}, {}
-    for user, candidate in samples:
+    per_user, labels = [], []
+    for user, candidates in chosen.items():
         texts, user_labels = train[user]
-        per_user.setdefault(user, []).append(texts[candidate])
-        labels.setdefault(user, []).append(user_labels[candidate])
-    rows = common.rows_of(scorer, list(per_user.values()))
-    labels = sum(labels.values(), [])  # in the order in which rows_of numbers the prompts
+        per_user.append([texts[candidate] for candidate in candidates])
+        labels += [user_labels[candidate] for candidate in candidates]
+    rows = common.rows_of(scorer, per_user)
     labels = torch.tensor(labels, dtype=torch.float64, device=scorer.model.device)
     for part in common.fill_batches(scorer, rows):
         scores = common.score_rows(scorer, part)
@@ -234,15 +253,12 @@ def prompt_losses(scorer, train, samples):
         yield loss, sum(map(common.row_length, part))
 
 
-def embed_losses(scorer, train, samples):
+def embed_losses(scorer, train, chosen):
     """Yield (loss, tokens) of each user in a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    Of train's texts, the first is the user's history, the others are the candidates.
+    chosen: {user: candidates}. Of train's texts, the first is the user's history, the others are the candidates.
     """
-    per_user = {}
-    for user, candidate in samples:
-        per_user.setdefault(user, []).append(candidate)
-    for user, candidates in per_user.items():
+    for user, candidates in chosen.items():
         texts, user_labels = train[user]
         items = [texts[candidate + 1] for candidate in candidates]
         labels = [user_labels[candidate] for candidate in candidates]
@@ -259,13 +275,13 @@ def validate(args, scorer, valid):
     result = {}
     for name, users in valid.items():
         share = users[rank::world]
-        scored, known = [], {}
+        scores, known = [], {}
         for start in tqdm(range(0, len(share), 64), desc=f"validating on {name}", leave=False, disable=rank > 0):
-            batch = share[start:start + 64]
-            scores, _ = common.scores_of(scorer, batch, known)
-            for user, values in zip(batch, scores):
-                scored.append((values, np.array(user["labels"])))
-        result[name] = common.mean_metric(args.valid_metric, gather(scored))
+            more, _ = common.scores_of(scorer, share[start:start + 64], known)
+            scores += more
+        labels = [np.array(user["labels"]) for user in share]
+        scored = gather(list(zip(scores, labels)))
+        result[name] = common.mean_metric(args.valid_metric, scored)
         if math.isnan(result[name]):
             raise UserError(f"{args.valid_metric} is undefined on the validation users of {name}: prepare more of them")
     return result
@@ -273,35 +289,36 @@ def validate(args, scorer, valid):
 
 def record(args, state, parameters, by_dataset):
     """Put an evaluation, {dataset: metric}, into the state, and the parameters if they are the best so far."""
-    point = {"step": state["steps"], "valid": by_dataset, "mean": float(np.mean(list(by_dataset.values())))}
-    better = state["best"] is None or point["mean"] > state["best"]["mean"]
+    mean = float(np.mean(list(by_dataset.values())))
+    point = {"step": state["steps"], "valid": by_dataset, "mean": mean}
     state["evaluations_since_best"] += 1
-    if better:
+    if state["best"] is None or mean > state["best"]["mean"]:
         state["best"] = point
         state["best_parameters"] = [parameter.detach().cpu().clone() for parameter in parameters]
         state["evaluations_since_best"] = 0
     state["curve"].append(point)
     state["log"].append(point)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in by_dataset.items())
-    say(f"step {point['step']}: {args.valid_metric} {point['mean']:.4f} ({shown}){' *' if better else ''}")
+    star = " *" if state["best"] is point else ""
+    say(f"step {state['steps']}: {args.valid_metric} {mean:.4f} ({shown}){star}")
 
 
-def unstable(curve, fall=0.05):
-    """Whether the validation metric fell by more than `fall` from one evaluation to the next."""
+def unstable(curve):
+    """Whether the validation metric fell by more than 0.05 from one evaluation to the next."""
     means = [point["mean"] for point in curve]
-    return any(before - after > fall for before, after in zip(means, means[1:]))
+    return any(before - after > 0.05 for before, after in zip(means, means[1:]))
 
 # ---------------------------------------------------------------------------------------------------- data and adapter
 
 
 def check_inputs(args):
-    """({dataset: meta.json}, run.json of --init-adapter, whose shape then stands in the LoRA flags, or {}).
+    """({dataset: meta.json}, run.json of --init-adapter, whose shape then stands in the LoRA flags).
 
     Raises UserError where a dataset or that run is missing.
     """
     metas = common.check_datasets(args.train, args.data, "train")
     metas = {**metas, **common.check_datasets(args.valid, args.data, "valid")}
-    earlier = {}
+    earlier = {"train_chain": [], "valid_chain": [], "domains": {}}
     if args.init_adapter:
         earlier = common.read_run(args.init_adapter, args)
         shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
@@ -331,11 +348,11 @@ def read_train(args, scorer):
     for name in args.train:
         users, items = common.read_users(args.data, name, "train")
         truncated["texts"] += common.count_long_texts(users, items)
-        for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=processes()[0] > 0, mininterval=0.5):
+        for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=processes()[0] > 0):
             user = common.with_texts(user, items)
             texts, dropped = common.encode_user(scorer, user)
             if args.type == "embed":
-                texts = texts + common.encode_items(scorer, user["candidates"])
+                texts += common.encode_items(scorer, user["candidates"])
             train.append(([array("i", text) for text in texts], user["labels"]))  # 4 bytes per token, a list takes 36
             truncated["histories"] += dropped > 0
     for what, count in truncated.items():
@@ -373,10 +390,12 @@ def default_targets(scorer):
     model_type = scorer.model.config.model_type
     if model_type in peft_choice:
         return peft_choice[model_type]
-    paths = [path for path, module in scorer.model.named_modules() if isinstance(module, torch.nn.Linear)]
-    targets = ["all-linear"]
-    if any("experts" in path for path, _ in scorer.model.named_modules()):
-        targets = sorted({path.rsplit(".", 1)[-1] for path in paths if "attn" in path or "attention" in path})
+    experts, attention = False, set()
+    for path, module in scorer.model.named_modules():
+        experts = experts or "experts" in path
+        if isinstance(module, torch.nn.Linear) and ("attn" in path or "attention" in path):
+            attention.add(path.split(".")[-1])
+    targets = sorted(attention) if experts else ["all-linear"]
     say(f"peft names no LoRA targets for {model_type}: adapting {', '.join(targets)}")
     return targets
 
@@ -398,10 +417,10 @@ def job_of(args):
 
 def saved_state(args, job):
     """("start", None), ("continue", the state of a killed run) or ("finished", None): see common.job_state."""
-    path, run_path = Path(args.out, "state.pt"), Path(args.out, "run.json")
-    state = found = None
     if args.overwrite:
         return "start", None
+    path, run_path = Path(args.out, "state.pt"), Path(args.out, "run.json")
+    state = found = None
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -412,8 +431,7 @@ def saved_state(args, job):
         found = common.job_in(run_path.read_bytes())
     elif Path(args.out, ADAPTER_FILES[0]).exists():
         found = {}  # somebody else's adapter
-    status = common.job_state(args.out, job, found, state is None)
-    return status, state
+    return common.job_state(args.out, job, found, finished=state is None), state
 
 
 def save_state(args, state, parameters, optimizer, job):
@@ -464,7 +482,7 @@ def report(args, run, test_sets):
 
 def join_processes(args):
     """Join torchrun's processes, if it started this one. Each gets a GPU of its own where there are GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes()[1] == 1:
         return
     cuda = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
     if cuda:
@@ -474,17 +492,16 @@ def join_processes(args):
 
 
 def processes():
-    """(rank of this process, number of processes)."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    """(rank of this process, number of processes), as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def gather(values):
     """The lists of all processes as one, in the order of their ranks; the same in each process."""
-    if not dist.is_initialized():
+    _, world = processes()
+    if world == 1:
         return values
-    lists = [None] * dist.get_world_size()
+    lists = [None] * world
     dist.all_gather_object(lists, values)
     return sum(lists, [])
 

@@ -164,50 +164,72 @@ def run_missing(args, missing):
 
 
 def analyse(args, failed):
-    """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py; failed cells are empty."""
-    cells, draws, runs = [], {}, {}  # draws: {(source, target): array}, where the metric is defined
+    """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py."""
     names = {*args.targets, *"+".join(args.sources).split("+")}
-    domains = common.domains_of({name: common.read_meta(args.data, name) for name in sorted(names)})
-    for source in [ZERO, *args.sources]:
-        train = [] if source == ZERO else source.split("+")
-        if source != ZERO and (source, None) not in failed:
+    metas = {name: common.read_meta(args.data, name) for name in sorted(names)}
+    domains = common.domains_of(metas)
+    runs, train = {}, {ZERO: []}  # by source: run.json; what was trained on
+    for source in args.sources:
+        train[source] = source.split("+")
+        if (source, None) not in failed:
             runs[source] = common.read_json(Path(args.out, "runs", source, "run.json"))
-            train = runs[source]["train_chain"]  # more than --train after --init-adapter
-            domains = {**domains, **runs[source]["domains"]}
+            train[source] = runs[source]["train_chain"]  # more than --train after --init-adapter
+            domains.update(runs[source]["domains"])
+    cells, draws = read_cells(args, failed, train, domains)
+    try:
+        similar = similarity(args, cells)
+    except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
+        say(f"no similarity of the datasets: {error}")
+        similar = {"pairs": 0, "rank_correlation": None}
+    return {
+        "model": common.model_name(args.model),
+        "type": args.type,
+        "metric": args.metric,
+        "k": args.k,
+        "targets": args.targets,
+        "domains": domains,
+        "cells": cells,
+        "runs": runs,
+        "failed": failed,
+        "rra": rank_averages(args, draws),
+        "joint_gain": joint_gain(cells, draws),
+        "similarity": similar,
+        "arguments": vars(args)}
+
+
+def read_cells(args, failed, train, domains):
+    """(the cells, row by row; {(source, target): draws} where there is a value). train: {source: datasets}.
+
+    A cell that failed, or whose metric is undefined, is empty.
+    """
+    cells, draws = [], {}
+    for source in train:
         for target in args.targets:
-            cell = {"source": source, "target": target, "setting": common.setting_of(train, target, domains),
+            setting = common.setting_of(train[source], target, domains)
+            cell = {"source": source, "target": target, "setting": setting,
                     "value": None, "ci": None, "gain": None, "mark": ""}
             cells.append(cell)
             if (source, target) in failed:
                 continue
             result, cell_draws = read_result(args, source, target)
             cell.update(result)
-            if cell["value"] is None:  # the metric is undefined
+            if cell["value"] is None:
                 continue
             draws[source, target] = cell_draws
             if source != ZERO and (ZERO, target) in draws:
                 cell["gain"] = common.estimate(cell_draws - draws[ZERO, target])
                 cell["mark"] = mark(cell["gain"])
-    try:
-        similar = similarity(args, cells)
-    except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
-        say(f"no similarity of the datasets: {error}")
-        similar = {"pairs": 0, "rank_correlation": None}
-    return {"model": common.model_name(args.model), "type": args.type, "metric": args.metric, "k": args.k,
-            "targets": args.targets, "domains": domains, "cells": cells, "runs": runs, "failed": failed,
-            "rra": rank_averages(args, draws), "joint_gain": joint_gain(cells, draws),
-            "similarity": similar, "arguments": vars(args)}
+    return cells, draws
 
 
 def read_result(args, source, target):
     """(what a cell takes from evaluate.py's result, its draws)."""
     cell_args = evaluate.arguments(command(args, source, target)[1])
     result = common.read_json(evaluate.result_path(cell_args.out, target))
-    kept = {key: result[key] for key in ("n_users", "n_samples", "collapsed", "data_sha256", "split")}
+    kept = {key: result[key] for key in ("n_users", "collapsed", "data_sha256", "split")}
     kept["history"] = result["arguments"]["history"]
     kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
-    users, _ = common.read_users(cell_args.data, target, cell_args.split, cell_args.limit_users)
-    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target), users)
+    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target))
     seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
     return kept, common.bootstrap(args.metric, scored, DRAWS, seed)
 
@@ -222,13 +244,15 @@ def mark(gain):
 
 def rank_averages(args, draws):
     """RRA@K of the single sources, {source: {K: estimate}}: every draw gives a table, and a table an RRA."""
-    defined = np.isfinite(list(draws.values())).all(axis=0)  # a draw in which a cell is undefined has no ranks
+    single = {pair: cell_draws for pair, cell_draws in draws.items() if pair[0] != ZERO and "+" not in pair[0]}
+    if not single:
+        return {}
+    defined = np.isfinite(list(single.values())).all(axis=0)  # a draw in which a cell is undefined has no ranks
     tables = []
     for i in np.flatnonzero(defined):
         table = {}
-        for (source, target), cell_draws in draws.items():
-            if source != ZERO and "+" not in source:
-                table.setdefault(source, {})[target] = cell_draws[i]
+        for (source, target), cell_draws in single.items():
+            table.setdefault(source, {})[target] = cell_draws[i]
         tables.append(table)
     result = {}
     for k in args.k:
@@ -241,16 +265,17 @@ def rank_averages(args, draws):
 
 def joint_gain(cells, draws):
     """H - G, what a target's own data adds to joint training: {target: estimate}, where there are cells of both."""
-    found = {}  # {(target, letter): [draws]}
+    by_target = {}  # {target: {letter: [draws]}}
     for cell in cells:
-        key = cell["source"], cell["target"]
-        if key in draws:
-            found.setdefault((cell["target"], cell["setting"]), []).append(draws[key])
+        source, target = cell["source"], cell["target"]
+        if (source, target) in draws:
+            by_letter = by_target.setdefault(target, {})
+            by_letter.setdefault(cell["setting"], []).append(draws[source, target])
     result = {}
-    for target, letter in found:
-        if letter == "H" and (target, "G") in found:
-            with_target = np.mean(found[target, "H"], axis=0)
-            without = np.mean(found[target, "G"], axis=0)
+    for target, by_letter in by_target.items():
+        if "H" in by_letter and "G" in by_letter:
+            with_target = np.mean(by_letter["H"], axis=0)
+            without = np.mean(by_letter["G"], axis=0)
             result[target] = common.estimate(with_target - without)
     return result
 
@@ -260,25 +285,31 @@ def similarity(args, cells):
 
     Similarity: the cosine of the mean item embeddings of two datasets under the base model, 500 random items each.
     """
-    scorer, means, similarities, gains = None, {}, [], []
-    for cell in cells:
-        pair = cell["source"], cell["target"]
-        if "+" in cell["source"] or pair[0] == pair[1] or not cell["gain"]:
-            continue
-        scorer = scorer or common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
-        for name in pair:
+    pairs = [cell for cell in cells
+             if cell["gain"] and "+" not in cell["source"] and cell["source"] != cell["target"]]
+    if not pairs:
+        return {"pairs": 0, "rank_correlation": None}
+    scorer = common.load_scorer(argparse.Namespace(**{**vars(args), "type": "embed"}))
+    means = {}
+    for cell in pairs:
+        for name in (cell["source"], cell["target"]):
             if name not in means:
-                items = common.read_items(args.data, name)
-                chosen = sorted(items, key=common.digest)[:500]  # in the order of hashes
-                texts = [items[item][:common.TEXT_LIMIT] for item in chosen]
-                with torch.inference_mode():
-                    vectors = common.embed(scorer, common.encode_items(scorer, texts))
-                mean = np.mean(vectors.cpu().numpy(), axis=0)
-                means[name] = mean / np.linalg.norm(mean)
-        cell["similarity"] = float(means[pair[0]] @ means[pair[1]])
-        similarities.append(cell["similarity"])
-        gains.append(cell["gain"]["value"])
-    return {"pairs": len(gains), "rank_correlation": rank_correlation(np.array(similarities), np.array(gains))}
+                means[name] = mean_embedding(args, scorer, name)
+        cell["similarity"] = float(means[cell["source"]] @ means[cell["target"]])
+    similarities = np.array([cell["similarity"] for cell in pairs])
+    gains = np.array([cell["gain"]["value"] for cell in pairs])
+    return {"pairs": len(pairs), "rank_correlation": rank_correlation(similarities, gains)}
+
+
+def mean_embedding(args, scorer, name):
+    """The mean embedding of 500 items of a dataset, in the order of hashes, scaled to length 1."""
+    items = common.read_items(args.data, name)
+    chosen = sorted(items, key=common.digest)[:500]
+    texts = [items[item][:common.TEXT_LIMIT] for item in chosen]
+    with torch.inference_mode():
+        vectors = common.embed(scorer, common.encode_items(scorer, texts)).cpu().numpy()
+    mean = vectors.mean(axis=0)
+    return mean / np.linalg.norm(mean)
 
 
 def rank_correlation(a, b):
@@ -287,7 +318,7 @@ def rank_correlation(a, b):
         return None
     ranks = []
     for values in (a, b):
-        ranks.append([(values < value).sum() + (values == value).sum() / 2 for value in values])
+        ranks.append([common.ranks_of(value, values).mean() for value in values])
     return float(np.corrcoef(ranks)[0, 1])
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -306,10 +337,11 @@ def markdown(matrix):
     values = [[f"{matrix['metric']}, trained on", *matrix["targets"]]]
     gains = [["gain over zero-shot", *matrix["targets"]]]
     for source, cells in by_source(matrix).items():
-        values.append([source])
+        row = [source]
         for cell in cells:
             words = f"{cell['setting']} {evaluate.show(cell)} {SIGNS[cell['mark']]}"
-            values[-1].append(words.strip())
+            row.append(words.strip())
+        values.append(row)
         if source != ZERO:
             gains.append([source, *(evaluate.show(cell["gain"], "+") for cell in cells)])
     ranks = [["single source", *(f"RRA@{k}" for k in matrix["k"])]]
@@ -321,28 +353,29 @@ def markdown(matrix):
     return "\n\n".join([title, *tables, notes_list]) + "\n"
 
 
-def count_marks(matrix):
-    """The two sentences that count better and worse cells."""
+def main_notes(matrix):
+    """What has to be said under the tables and under the picture."""
     marks = [cell["mark"] for cell in matrix["cells"] if cell["gain"]]
+    better, worse = marks.count("better"), marks.count("worse")
     by_chance = f"{0.025 * len(marks):.1f}"
-    return [f"Of {len(marks)} cells {marks.count('better')} are better than zero-shot (▲) and {marks.count('worse')} "
-            "worse (▼, negative transfer).",
+    return [f"Of {len(marks)} cells {better} are better than zero-shot (▲) and {worse} worse (▼, negative transfer).",
             "Marked where the 95% interval of the paired difference excludes 0; about "
-            f"{by_chance} better and {by_chance} worse are expected by chance."]
+            f"{by_chance} better and {by_chance} worse are expected by chance.",
+            "Intervals (95%) cover the choice of users, not the luck of a training run."]
 
 
 def notes(matrix):
     """What has to be said under the tables."""
-    lines = [*count_marks(matrix),
-             "Intervals (95%) cover the choice of users, not the luck of a training run.",
+    lines = [*main_notes(matrix),
              "RRA@K ranks sources and says nothing of harm: the first of two that both fall below zero-shot gets 1."]
     for target, gain in matrix["joint_gain"].items():
         lines.append(f"H - G on {target}, what its own data adds to joint training: {evaluate.show(gain, '+')}.")
     if not matrix["joint_gain"]:
         lines.append("H - G, what a target's own data adds to joint training: no target has cells of both settings.")
-    rho, pairs = matrix["similarity"]["rank_correlation"], matrix["similarity"]["pairs"]
+    pairs, rho = matrix["similarity"]["pairs"], matrix["similarity"]["rank_correlation"]
+    shown = "undefined" if rho is None else f"{rho:+.2f}"
     lines.append("Rank correlation of the datasets' similarity (cosine of mean item embeddings) with the gain, over "
-                 f"{pairs} pairs of single source and other target: {'undefined' if rho is None else f'{rho:+.2f}'}.")
+                 f"{pairs} pairs of single source and other target: {shown}.")
     for cell in matrix["cells"]:
         if cell["source"] == ZERO and cell.get("collapsed"):
             lines.append(f"Zero-shot collapse on {cell['target']}: its group AUC cannot be told from chance.")
@@ -376,27 +409,31 @@ def compare(folders):
 
     Cells of other test users are other cells. Raises UserError on different metrics, or where no cell is shared.
     """
-    rows, values = [], []  # of each matrix: its name and means; {(metric, letter, target, source, users): value}
+    matrices = {}  # {row's name: {(setting, target, and what else must be the same): value}}
     for folder in folders:
         matrix = common.read_json(Path(folder, "matrix.json"))
-        rows.append([f"{matrix['model']}, {matrix['type']} ({folder})"])
-        values.append({})
+        values = {}
         for cell in matrix["cells"]:
             if cell["value"] is not None:
                 key = [cell[name] for name in SAME]
-                values[-1][matrix["metric"], *key] = cell["value"]
-    shared = set(values[0]).intersection(*values)
+                values[*key, matrix["metric"]] = cell["value"]
+        matrices[f"{matrix['model']}, {matrix['type']} ({folder})"] = values
+    shared = set.intersection(*map(set, matrices.values()))
     if not shared:
         raise UserError("the matrices share no cell: their metrics, sources, targets or test users differ")
-    head = [matrix["metric"]]
-    for letter in common.SETTINGS:
-        keys = sorted(key for key in shared if key[1] == letter)
-        targets = sorted({key[2] for key in keys})
-        if targets:
-            head.append(f"{letter} ({len(targets)})")
-            for row, value_of in zip(rows, values):
-                means = [np.mean([value_of[key] for key in keys if key[2] == target]) for target in targets]
-                row.append(f"{np.mean(means):.3f}")
+    rows = []
+    for name, values in matrices.items():
+        by_letter = {}  # {letter: {target: [value]}}
+        for key in sorted(shared):
+            letter, target = key[:2]
+            by_target = by_letter.setdefault(letter, {})
+            by_target.setdefault(target, []).append(values[key])
+        head, row = [matrix["metric"]], [name]
+        for letter, by_target in by_letter.items():
+            means = [np.mean(of_target) for of_target in by_target.values()]
+            head.append(f"{letter} ({len(means)})")
+            row.append(f"{np.mean(means):.3f}")
+        rows.append(row)
     return common.markdown_table([head, *rows]) + "\nIn brackets: the number of targets averaged."
 
 # -------------------------------------------------------------------------------------------------------------- picture
@@ -421,20 +458,23 @@ def draw_svg(matrix):
         parts.append(svg_text(x, TOP - 10, matrix["domains"][target], 11, fill=GREY))
     bottom = TOP
     for source, cells in by_source(matrix).items():
-        names = textwrap.wrap(source.replace("+", " + "), 24, max_lines=4, placeholder=" ...")
-        for n, name in enumerate(names):
-            parts.append(svg_text(LEFT - 10, bottom + 42 - 7 * len(names) + 14 * n, name, 12, "end"))
+        lines = textwrap.wrap(source.replace("+", " + "), 24)
+        y = bottom + 42 - 7 * len(lines)  # in the middle of the row
+        for line in lines:
+            parts.append(svg_text(LEFT - 10, y, line, 12, "end"))
+            y += 14
         for i, cell in enumerate(cells):
             parts += draw_cell(LEFT + WIDTH * i, bottom, cell, limit)
         bottom += HEIGHT
-    legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *count_marks(matrix),
-              "Intervals cover the choice of users, not the luck of a training run."]
+    legend = [f"Darkest: {limit:.2f} better (blue) or worse (orange) than zero-shot.", *main_notes(matrix)]
     for letter in sorted({cell["setting"] for cell in matrix["cells"]}):
         legend.append(f"{letter}: {common.SETTINGS[letter]}")
-    for n, line in enumerate(legend):
-        parts.append(svg_text(20, bottom + 28 + 18 * n, line, 12, "start"))
+    y = bottom + 28
+    for line in legend:
+        parts.append(svg_text(20, y, line, 12, "start"))
+        y += 18
     width = max(760, LEFT + WIDTH * len(targets) + 20)
-    size = f'width="{width}" height="{bottom + 28 + 18 * len(legend)}"'
+    size = f'width="{width}" height="{y}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     return "\n".join([head, f'<rect {size} fill="#ffffff"/>', *parts, "</svg>\n"])
 
@@ -447,17 +487,15 @@ def draw_cell(x, y, cell, limit):
     red, green, blue = [round(a + (b - a) * share) for a, b in zip(WHITE, end)]
     parts = [f'<rect x="{x + 1}" y="{y + 1}" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="4" '
              f'fill="rgb({red},{green},{blue})"/>', svg_text(x + 8, y + 17, cell["setting"], 11, "start")]
-    if cell["value"] is None:
-        return [*parts, svg_text(x + WIDTH / 2, y + 37, "empty", 12)]
     if cell["gain"]:
         parts.append(svg_text(x + WIDTH - 8, y + 17, SIGNS[cell["mark"]], 11, "end"))
         parts.append(svg_text(x + WIDTH / 2, y + 54, f"{gain:+.3f}", 11))
-    return [*parts, svg_text(x + WIDTH / 2, y + 37, f"{cell['value']:.3f}", 17)]
+    value = "empty" if cell["value"] is None else f"{cell['value']:.3f}"
+    return [*parts, svg_text(x + WIDTH / 2, y + 37, value, 17)]
 
 
 def svg_text(x, y, words, size, anchor="middle", fill=INK):
-    """A line of text in SVG; what XML does not allow becomes "?"."""
-    words = "".join(letter if letter.isprintable() else "?" for letter in words)
+    """A line of text in SVG."""
     return (f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">'
             f'{html.escape(words)}</text>')
 

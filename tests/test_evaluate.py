@@ -86,7 +86,7 @@ def start(data, *argv, before="pass", **options):
 def scores_in(folder, name="mind"):
     """[scores] of the users of a scores file, whose first line holds the job."""
     job, *lines = read_jsonl(Path(folder, f"{name}.scores.jsonl"))
-    assert list(job) == ["job"]
+    assert list(job) == ["job", "users"] and job["users"] >= len(lines)
     return [line["scores"] for line in lines]
 
 
@@ -464,17 +464,15 @@ def test_against_other_users_is_refused(data, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
-def test_scores_that_do_not_fit_the_split_are_refused(data, tmp_path):
-    users, _ = common.read_users(data, "mind", "test")
+def test_a_scores_file_that_was_cut_short_is_refused(data, tmp_path):
     path = tmp_path / "scores.jsonl"
-    for count in (9, 11):
-        lines = [{"user": f"u{n}", "scores": [0, 1, 2, 3]} for n in range(count)]
-        write_jsonl(path, [{"job": {}}, *lines])
-        with pytest.raises(common.UserError, match="--overwrite scores it again"):
-            evaluate.read_scores(path, users)
-    write_jsonl(path, [{"job": {}}, *lines[:10]])
-    scored, cut = evaluate.read_scores(path, users)
-    assert len(scored) == 10 and cut == 0 and scored[0][1].tolist() == users[0]["labels"]
+    line = {"user": "u0", "scores": [0, 1, 2, 3], "labels": [0, 0, 1, 0], "dropped": 2}
+    write_jsonl(path, [{"job": {}, "users": 3}, line, line])
+    with pytest.raises(common.UserError, match="holds 2 of 3 users; --overwrite scores it again"):
+        evaluate.read_scores(path)
+    write_jsonl(path, [{"job": {}, "users": 2}, line, line])
+    scored, cut = evaluate.read_scores(path)
+    assert len(scored) == 2 and cut == 2 and scored[0][0].tolist() == [0, 1, 2, 3] and scored[0][1].sum() == 1
 
 
 def test_a_folder_that_is_being_written_is_no_dataset(tmp_path, capsys):
