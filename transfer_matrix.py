@@ -358,7 +358,8 @@ def main_notes(matrix):
     marks = [cell["mark"] for cell in matrix["cells"] if cell["gain"]]
     better, worse = marks.count("better"), marks.count("worse")
     by_chance = f"{0.025 * len(marks):.1f}"
-    return [f"Of {len(marks)} cells {better} are better than zero-shot (▲) and {worse} worse (▼, negative transfer).",
+    return [f"Of {len(marks)} cells {better} are better than zero-shot (▲) and {worse} worse (▼, negative "
+            "transfer).",
             "Marked where the 95% interval of the paired difference excludes 0; about "
             f"{by_chance} better and {by_chance} worse are expected by chance.",
             "Intervals (95%) cover the choice of users, not the luck of a training run."]
