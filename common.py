@@ -770,6 +770,26 @@ def read_model_file(name, file):
     return read_json(path) if path else {}
 
 
+def tolerance(dtype, values):
+    """By how much scores of about these values may differ through rounding.
+
+    In bfloat16 rounding has been seen to move scores by 0.15 where a wrong position moved them by 0.9 to 3; a fault
+    smaller than that passes.
+    """
+    share = 0.15 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return share * (1 + float(values.abs().max()))
+
+
+def made_up_prompt(scorer, length, seed):
+    """Token ids of a prompt of this length, from all but the special tokens; a masked model's ends in its mask."""
+    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
+    ordinary = np.delete(np.arange(embeddings), scorer.tokenizer.all_special_ids)
+    tokens = np.random.default_rng(seed).choice(ordinary, length).tolist()
+    if scorer.family == "masked" and scorer.type == "prompt":
+        tokens[-1] = scorer.tokenizer.mask_token_id
+    return tokens
+
+
 def cut_head(scorer):
     """Replace the LM head by its two rows of the answers, in float32 at least (float64 stays).
 
@@ -831,26 +851,6 @@ def load_adapter(scorer, folder, trainable=False):
     return scorer._replace(model=model)
 
 # ----------------------------------------------------------------------------- how texts may share a forward pass
-
-
-def tolerance(dtype, values):
-    """By how much scores of about these values may differ through rounding.
-
-    In bfloat16 rounding has been seen to move scores by 0.15 where a wrong position moved them by 0.9 to 3; a fault
-    smaller than that passes.
-    """
-    share = 0.15 if dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return share * (1 + float(values.abs().max()))
-
-
-def made_up_prompt(scorer, length, seed):
-    """Token ids of a prompt of this length, from all but the special tokens; a masked model's ends in its mask."""
-    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
-    ordinary = np.delete(np.arange(embeddings), scorer.tokenizer.all_special_ids)
-    tokens = np.random.default_rng(seed).choice(ordinary, length).tolist()
-    if scorer.family == "masked" and scorer.type == "prompt":
-        tokens[-1] = scorer.tokenizer.mask_token_id
-    return tokens
 
 
 def find_layout(scorer):

@@ -242,8 +242,8 @@ def prompt_losses(scorer, train, chosen):
     """
     per_user, labels = [], []
     for user, candidates in chosen.items():
-        texts, user_labels = train[user]
-        per_user.append([texts[candidate] for candidate in candidates])
+        ids, user_labels = train[user]
+        per_user.append([ids[candidate] for candidate in candidates])
         labels += [user_labels[candidate] for candidate in candidates]
     rows = common.rows_of(scorer, per_user)
     labels = torch.tensor(labels, dtype=torch.float64, device=scorer.model.device)
@@ -256,16 +256,16 @@ def prompt_losses(scorer, train, chosen):
 def embed_losses(scorer, train, chosen):
     """Yield (loss, tokens) of each user in a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    chosen: {user: candidates}. Of train's texts, the first is the user's history, the others are the candidates.
+    chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates.
     """
     for user, candidates in chosen.items():
-        texts, user_labels = train[user]
-        items = [texts[candidate + 1] for candidate in candidates]
+        ids, user_labels = train[user]
+        items = [ids[candidate + 1] for candidate in candidates]
         labels = [user_labels[candidate] for candidate in candidates]
-        vectors = common.embed(scorer, [texts[0], *items])  # of length 1
+        vectors = common.embed(scorer, [ids[0], *items])  # of length 1
         cosines = vectors[1:] @ vectors[0]
         loss = (cosines - cosines.new_tensor(labels)).square().sum()
-        yield loss, len(texts[0]) + sum(map(len, items))
+        yield loss, len(ids[0]) + sum(map(len, items))
 
 
 def validate(args, scorer, valid):
@@ -350,10 +350,10 @@ def read_train(args, scorer):
         truncated["texts"] += common.count_long_texts(users, items)
         for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=processes()[0] > 0):
             user = common.with_texts(user, items)
-            texts, dropped = common.encode_user(scorer, user)
+            ids, dropped = common.encode_user(scorer, user)
             if args.type == "embed":
-                texts += common.encode_items(scorer, user["candidates"])
-            train.append(([array("i", text) for text in texts], user["labels"]))  # 4 bytes per token, a list takes 36
+                ids += common.encode_items(scorer, user["candidates"])
+            train.append(([array("i", tokens) for tokens in ids], user["labels"]))  # 4 bytes per token, a list takes 36
             truncated["histories"] += dropped > 0
     for what, count in truncated.items():
         if count:
