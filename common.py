@@ -141,7 +141,7 @@ def load_prompt(path=None):
     for key, slot in SLOTS:
         if slot not in prompt[key]:
             raise UserError(f"{path}: {key} lacks {slot}")
-    if len(prompt["answers"]) != 2:
+    if [type(word) for word in prompt["answers"]] != [str, str]:
         raise UserError(f"{path}: answers must be two words, such as {json.dumps(PROMPT['answers'])}")
     return prompt
 
@@ -316,7 +316,7 @@ def encode_user(scorer, user):
         longest = max(map(len, ids))
         if longest <= scorer.limit:
             return ids, dropped
-    raise UserError(f"user {user['user']} needs {longest} tokens even with one item of history, but at most "
+    raise UserError(f"user {user['user']} needs {longest} tokens with no more than one item of history, but at most "
                     f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
 
 
@@ -327,7 +327,7 @@ def common_prefix(ids):
         if len(set(column)) > 1:
             return shared
         shared += 1
-    return shared - 1
+    return shared - 1  # the shortest is a beginning of all the others
 
 
 def row_length(row):
@@ -432,7 +432,7 @@ def model_inputs(scorer, rows):
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
     if scorer.layout == "packed":
         hidden = ~packed_mask(segments)
-        inputs["attention_mask"] = hidden.to(dtype) * torch.finfo(dtype).min  # to add, which every attention takes
+        inputs["attention_mask"] = hidden.to(dtype) * torch.finfo(dtype).min  # to add: eager and sdpa take it
         inputs["position_ids"] = torch.tensor(positions, device=device)
     return inputs, answers
 
@@ -528,7 +528,8 @@ def embed_rows(scorer, rows):
 
 def embed(scorer, ids):
     """Embeddings of texts (token ids), in their order: as embed_rows."""
-    return in_batches(scorer, rows_of(scorer, [ids]), embed_rows)
+    rows = rows_of(scorer, [ids])  # a row per text: embeddings are never packed
+    return in_batches(scorer, rows, embed_rows)
 
 
 def encode_items(scorer, texts):
@@ -558,7 +559,7 @@ def score_embeddings(scorer, users, known):
     ids += encode_items(scorer, list(new))
     with torch.inference_mode():
         vectors = embed(scorer, ids).cpu().numpy()
-    known.update(zip(new, vectors[len(users):]))
+    known.update(zip(new, vectors[len(users):].copy()))  # a view would keep the users' in memory
     scores = []
     for user, vector in zip(users, vectors):
         cosines = [vector @ known[text] for text in user["candidates"]]
@@ -946,9 +947,10 @@ def scores_or_embeddings(scorer, ids):
 # --------------------------------------------------------------------------------------------------------- metrics
 
 # Each is a function of ONE user's scores (higher is better) and labels (0 or 1): float and int arrays (candidates,).
-# The result is the mean over users. Where scores tie, it is the expected value over random order of the tied ones
-# (McSherry & Najork 2008), so a constant scorer gets chance level and never the luck of the sort. All but auc need a
-# positive: user_metric leaves out users without.
+# The result is the mean over users who have a positive. Only the metric "auc" is none of these: it is the AUC over the
+# samples of all users (weighted_auc), and the mean of the function auc is "group_auc". Where scores tie, a metric is
+# the expected value over random order of the tied ones (McSherry & Najork 2008), so a constant scorer gets chance level
+# and never the luck of the sort.
 
 
 def auc(scores, labels):
@@ -1049,7 +1051,9 @@ def weighted_mean(values, times):
     """The mean of values (users,) without NaN entries, each user counted so many times; NaN where none counts."""
     counted = ~np.isnan(values)
     total = times[counted].sum()
-    return values[counted] @ times[counted] / total if total else math.nan
+    if not total:
+        return math.nan
+    return values[counted] @ times[counted] / total
 
 
 def reciprocal_rank_average(table, k):
@@ -1116,8 +1120,10 @@ def weighted_auc(samples, times):
     positives = np.bincount(group, times[user] * label)
     negatives = np.bincount(group, times[user] * (1 - label))
     pairs = positives.sum() * negatives.sum()
+    if not pairs:
+        return math.nan
     below = np.cumsum(negatives) - negatives
-    return positives @ (below + negatives / 2) / pairs if pairs else math.nan
+    return positives @ (below + negatives / 2) / pairs
 
 
 def estimate(drawn):
@@ -1148,7 +1154,7 @@ def evaluate_users(users, draws=1000, seed=0):
 
 # ------------------------------------------------------------------------------------------------- files and flags
 
-# Of what follows, the method needs `digest` alone, by which every random choice is made.
+# Of what follows, the method needs `digest` alone, the hash by which samples are chosen.
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
@@ -1226,7 +1232,8 @@ def check_datasets(names, data, split):
 def prepared(data, split):
     """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
     # a folder that starts with a dot is a dataset that is being written: see prepare_data.py
-    found = [path.parent.name for path in Path(data).glob(f"[!.]*/{split}.jsonl")]
+    folders = [path.parent for path in Path(data).glob(f"[!.]*/{split}.jsonl")]
+    found = [folder.name for folder in folders if Path(folder, "meta.json").exists()]
     names = [name for name in DOMAINS if name in found]
     return names + sorted(set(found) - set(names))
 
@@ -1304,14 +1311,17 @@ def user_fault(user, items):
 
 
 def folder_sha256(folder, pattern="**/*"):
-    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples."""
+    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples.
+
+    Of a file of a megabyte or less all is read, of a larger one 64 places: retraining changes all of them.
+    """
     content = hashlib.sha256()
     for path in sorted(Path(folder).glob(pattern)):
         if path.is_file() and "__pycache__" not in path.parts:
             size = path.stat().st_size
             content.update(f"{path.relative_to(folder)} {size}\n".encode())
             with open(path, "rb") as file:
-                for part in range(64):  # 64 samples of 16 KB: a file of a megabyte whole, all layers of a large one
+                for part in range(64):
                     file.seek(size * part // 64)
                     content.update(file.read(2**14))
     return content.hexdigest()
@@ -1438,7 +1448,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """--help shows the script's docstring as it stands, and the defaults of the flags that have one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default else action.help
 
 
 class Parser(argparse.ArgumentParser):

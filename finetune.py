@@ -138,7 +138,7 @@ def fine_tune(args, scorer, train, valid, state, job):
         set_parameters(parameters, state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {args.out} after step {state['steps']}")
-    save_state(args, state, parameters, optimizer, job)  # of a killed run, too, whose log may lag behind
+    save_state(args, state, parameters, optimizer, job)  # after a restart, too: a kill may have come before its log
 
     batches = None
     rank, _ = processes()
@@ -212,7 +212,7 @@ def train_step(scorer, optimizer, train, batch):
     scorer.model.train()
     optimizer.zero_grad()
     mean_loss, total_tokens = 0.0, 0
-    for loss, tokens in losses(scorer, train, by_user(share)):  # of each part that fits into memory
+    for loss, tokens in losses(scorer, train, by_user(share)):  # of one part after the other, to save memory
         if not loss.requires_grad:
             raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
         loss = loss / len(batch)

@@ -357,8 +357,9 @@ def find_raw(name, raw):
         if found:
             return found[0], items
     there = sorted(path.name for path in root.glob("*"))
-    raise UserError(f"{root}, or one folder below it, has to hold {', '.join(files)}, unpacked or as .gz; "
-                    f"get them from {source.home}; there are {', '.join(there[:9]) or 'no files'}")
+    either = " or ".join(", ".join(items.files) for items in source.items)
+    raise UserError(f"{root}, or one folder below it, has to hold {either}, {', '.join(source.events.files)}, "
+                    f"unpacked or as .gz; get them from {source.home}; there are {', '.join(there[:9]) or 'no files'}")
 
 
 def raw_lines(path, encoding):
@@ -854,7 +855,7 @@ def read_samples(path, user, item, label, histories):
 def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
     if not path.is_file():
-        return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
+        return set(by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)])
     named = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
     if finetune and not named & finetune.keys():
         raise UserError(f"{path} names no user of finetune.parquet")

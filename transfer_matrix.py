@@ -13,6 +13,7 @@ import argparse
 import html
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -42,9 +43,9 @@ def arguments(argv):
     add("--k", nargs="+", type=common.positive_number, default=[1, 3, 5],
         help="values of K for RRA@K (reciprocal rank average)")
     add("--dry-run", action="store_true", help="run nothing; print the command line of each missing training and cell")
-    add("--finetune-args", type=shlex.split, default="",
+    add("--finetune-args", type=shlex.split, default=[],
         help="further arguments for finetune.py: --finetune-args='--lr 1e-3'")
-    add("--evaluate-args", type=shlex.split, default="", help="further arguments for evaluate.py")
+    add("--evaluate-args", type=shlex.split, default=[], help="further arguments for evaluate.py")
     add("--compare", nargs="+", metavar="DIR", help="print one table over several matrices: models by setting")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -131,7 +132,9 @@ def find_missing(args):
         for target in args.targets:
             cell_args = evaluate.arguments(command(args, source, target)[1])
             common.check_datasets([target], cell_args.data, cell_args.split)
-            state = evaluate.state_of(cell_args, target, evaluate.job_of(cell_args, target))
+            state = "start"  # with the adapter that is still to be trained
+            if (source, None) not in missing:
+                state = evaluate.state_of(cell_args, target, evaluate.job_of(cell_args, target))
             if state != "finished":
                 missing.append((source, target))
     return missing
@@ -155,6 +158,8 @@ def run_missing(args, missing):
             sys.exit(code)
         if code:
             failed.append((source, target))
+        elif target is None:  # cells of an adapter before this one
+            shutil.rmtree(Path(args.out, "cells", source), ignore_errors=True)
     return failed
 
 # ------------------------------------------------------------------------------------------------------------- analysis
@@ -283,7 +288,7 @@ def joint_gain(cells, draws):
 def similarity(args, cells):
     """Does similarity go with transfer? Spearman's correlation with the gain, over single sources and other targets.
 
-    Similarity: the cosine of the mean item embeddings of two datasets under the base model, 500 random items each.
+    Similarity: the cosine of the mean item embeddings of two datasets under the base model.
     """
     pairs = [cell for cell in cells
              if cell["gain"] and "+" not in cell["source"] and cell["source"] != cell["target"]]
@@ -302,7 +307,7 @@ def similarity(args, cells):
 
 
 def mean_embedding(args, scorer, name):
-    """The mean embedding of 500 items of a dataset, in the order of hashes, scaled to length 1."""
+    """The mean embedding of 500 items of a dataset, the first in the order of hashes, scaled to length 1."""
     items = common.read_items(args.data, name)
     chosen = sorted(items, key=common.digest)[:500]
     texts = [items[item][:common.TEXT_LIMIT] for item in chosen]

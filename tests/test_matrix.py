@@ -153,6 +153,26 @@ def test_what_is_finished_is_not_run_again(data, tmp_path, monkeypatch, capsys):
     assert run_matrix(data, tmp_path, "--overwrite", **small) == 0 and len(fakes.calls) == 11
 
 
+def test_a_source_that_is_trained_again_is_tested_again(data, tmp_path, monkeypatch, capsys):
+    """--overwrite, killed while it trained: the old adapter and its cells still stand there."""
+    fakes = Fakes(monkeypatch)
+    small = {"sources": ["news-a", "shop"], "targets": ["shop"]}
+    assert run_matrix(data, tmp_path, **small) == 0
+    (tmp_path / "runs/shop/run.json").unlink()
+    before = len(fakes.calls)
+    capsys.readouterr()
+    assert run_matrix(data, tmp_path, "--dry-run", **small) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+    def train(argv):
+        fakes.finetune(argv)
+        (tmp_path / "runs/shop/adapter_model.safetensors").write_text("new weights")
+        assert (tmp_path / "cells/shop/shop.json").exists()
+    monkeypatch.setattr(finetune, "main", train)
+    assert run_matrix(data, tmp_path, **small) == 0
+    assert fakes.calls[before:] == [("shop", None), ("shop", "shop")]
+
+
 def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_path, monkeypatch, capsys):
     fakes = Fakes(monkeypatch)
 

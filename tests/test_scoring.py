@@ -505,7 +505,7 @@ def test_the_oldest_items_go_first_for_all_candidates_of_a_user(model):
 
 
 def test_what_does_not_fit_with_one_item_is_one_line_that_names_the_user(model):
-    with pytest.raises(common.UserError, match="user a needs .* tokens even with one item of history, but at most 20 fit"):
+    with pytest.raises(common.UserError, match="user a needs .* tokens with no more than one item of history, but at most 20"):
         score(scorer_of(model("llama"), "--max-length", 20))
 
 
