@@ -883,13 +883,19 @@ def packing_fault(scorer):
     prompts = long_row(scorer)
     other_first = prompts[0][:-1] + made_up_prompt(scorer, 1, 0)  # another token in the first suffix
     packed = scorer._replace(layout="packed", max_tokens=math.inf)  # all in one row
+    alone, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
+    counted = torch.arange(alone["input_ids"].shape[1], device=scorer.model.device)[None]
     try:
+        with torch.inference_mode():
+            same = torch.equal(scorer.model(**alone).logits, scorer.model(**alone, position_ids=counted).logits)
         scores = scores_or_embeddings(packed, prompts)
         changed = scores_or_embeddings(packed, [other_first, *prompts[1:]])
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         return f"its forward does not take the mask of packed rows ({type(error).__name__})"
+    if not same:
+        return "it does not count positions from 0"  # RoBERTa
     # (1) leak: the scores of the other suffixes must not move by a single bit
     if (changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
