@@ -271,6 +271,15 @@ def test_positions_by_place_are_noticed_though_the_forward_takes_position_ids(mo
     assert "packed and separate scores differ" in common.packing_fault(scorer) or "mask" in common.packing_fault(scorer)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_positions_that_do_not_start_at_0_are_noticed_whatever_the_rounding(tmp_path, capsys, dtype):
+    """RoBERTa's start behind the padding id. Its scores move by less than bfloat16's rounding may."""
+    folder = tiny_network(tmp_path, "RobertaConfig", "RobertaForCausalLM", scale=0.5, is_decoder=True,
+                          max_position_embeddings=514, **SMALL)
+    assert scorer_of(folder, "--dtype", dtype).layout == "padded"
+    assert "it does not count positions from 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("users", [USERS[3:] + USERS[:1], None])
 def test_a_window_that_only_later_users_reach(tmp_path, users):
     """GPT-Neo: local attention over 256 places; the first user is short, the last one's row is longer."""
