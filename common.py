@@ -718,13 +718,13 @@ def sentence_modules(name, pooling, default):
 
     Raises UserError where they name something that is not supported here.
     """
-    dense, kind = torch.nn.Sequential(), None
-    for module in read_model_file(name, "modules.json"):
-        if kind == "Normalize":  # a cosine needs none, if it comes last
-            raise UserError(f"model {name} goes on after Normalize, which is not supported")
-        kind, path = module["type"].rsplit(".", 1)[-1], module["path"]
-        if kind not in ("Transformer", "Pooling", "Dense", "Normalize"):
-            raise UserError(f"model {name} embeds through {kind}, which is not supported")
+    modules = read_model_file(name, "modules.json")
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if not re.fullmatch("(Transformer(,Pooling)?(,Dense)*(,Normalize)?)?", ",".join(kinds)):
+        raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
+    dense = torch.nn.Sequential()
+    for kind, module in zip(kinds, modules):  # a cosine needs no Normalize
+        path = module["path"]
         if kind == "Pooling" and pooling == "auto":
             pooling = pooling_of(name, read_model_file(name, f"{path}/config.json"))
             say(f"{name}: pooling {pooling}, by its sentence-transformers files")

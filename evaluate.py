@@ -168,7 +168,7 @@ def score_users(args, name, users, items, scorer, job, state):
     """
     started = time.perf_counter()
     path = scores_path(args.out, name)
-    done = whole_lines(path) - 1 if state == "continue" else 0  # the first line is the job
+    done = max(0, whole_lines(path) - 1) if state == "continue" else 0  # the first line is the job
     # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
     chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
     chosen_by = read_choices(args, name) if args.model in BASELINES else None
@@ -276,8 +276,8 @@ def read_scores(path):
     Raises UserError where users are missing.
     """
     first, *lines = [line for _, line in common.read_lines(path)]
-    if len(lines) != first["users"]:
-        raise UserError(f"{path} holds {len(lines)} of {first['users']} users; --overwrite scores it again")
+    if len(lines) != first.get("users"):
+        raise UserError(f"{path} holds {len(lines)} of {first.get('users')} users; --overwrite scores it again")
     scored, cut = [], 0
     for line in lines:
         scored.append((np.array(line["scores"], float), np.array(line["labels"])))

@@ -254,18 +254,28 @@ def prompt_losses(scorer, train, chosen):
 
 
 def embed_losses(scorer, train, chosen):
-    """Yield (loss, tokens) of each user in a batch: squared error of cosine(user, item) and label, summed over samples.
+    """Yield (loss, tokens) of each part of a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates.
+    chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates. A
+    part is the texts of as many users as fit into --max-tokens, of one at least.
     """
+    rows, labels = [], []  # a row is a user here: the history and the items
     for user, candidates in chosen.items():
         ids, user_labels = train[user]
         items = [ids[candidate + 1] for candidate in candidates]
-        labels = [user_labels[candidate] for candidate in candidates]
-        vectors = common.embed(scorer, [ids[0], *items])  # of length 1
-        cosines = vectors[1:] @ vectors[0]
-        loss = (cosines - cosines.new_tensor(labels)).square().sum()
-        yield loss, len(ids[0]) + sum(map(len, items))
+        rows.append(common.Row(ids[0], items, range(len(labels), len(labels) + len(items))))
+        labels += [user_labels[candidate] for candidate in candidates]
+    for part in common.fill_batches(scorer, rows):
+        texts, pairs = [], []  # pairs: indices of history and item
+        for row in part:
+            history = len(texts)
+            texts += [row.prefix, *row.suffixes]
+            pairs += [(history, history + n) for n in range(1, len(row.suffixes) + 1)]
+        vectors = common.embed(scorer, texts)  # of length 1
+        histories, items = torch.tensor(pairs).T
+        cosines = (vectors[histories] * vectors[items]).sum(1)
+        wanted = cosines.new_tensor([labels[i] for i in common.indices_of(part)])
+        yield (cosines - wanted).square().sum(), sum(map(common.row_length, part))
 
 
 def validate(args, scorer, valid):
@@ -482,7 +492,7 @@ def report(args, run, test_sets):
 
 def join_processes(args):
     """Join torchrun's processes, if it started this one. Each gets a GPU of its own where there are GPUs."""
-    if processes()[1] == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     cuda = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
     if cuda:
@@ -492,16 +502,17 @@ def join_processes(args):
 
 
 def processes():
-    """(rank of this process, number of processes), as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank of this process, number of processes)."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def gather(values):
     """The lists of all processes as one, in the order of their ranks; the same in each process."""
-    _, world = processes()
-    if world == 1:
+    if not dist.is_initialized():
         return values
-    lists = [None] * world
+    lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
     return sum(lists, [])
 

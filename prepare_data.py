@@ -356,6 +356,8 @@ def find_raw(name, raw):
             raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
         if found:
             return found[0], items
+        if any(root.rglob(f"{items.files[0]}*")):  # apart from the events: the next choice would be another text
+            break
     there = sorted(path.name for path in root.glob("*"))
     either = " or ".join(", ".join(items.files) for items in source.items)
     raise UserError(f"{root}, or one folder below it, has to hold {either}, {', '.join(source.events.files)}, "
@@ -394,6 +396,9 @@ def csv_rows(path, lines):
     line = 1
     try:
         for fields in rows:
+            for more in ",".join(fields).split("\n")[1:]:  # of a text that spans lines
+                if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # it has swallowed a row
+                    raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
             yield line, fields
             line = rows.line_num + 1
     except csv.Error as error:
@@ -426,6 +431,8 @@ def fields_of(table, row, first):
         raise ValueError(f"{len(row)} fields, not {len(first)}")
     if not table.columns:
         return row
+    if row == first:
+        raise ValueError("a second header row")
     return [row[first.index(name)] for name in table.columns]
 
 
@@ -705,10 +712,10 @@ def raw_files(paths):
 # way loses nothing.
 
 
-def begin(folder, job, overwrite):
-    """A new folder to write into; None, and a line, where the same job has made `folder` already.
+def found_job(folder):
+    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
 
-    Raises UserError where another job made it, or where it holds what this script did not write: it would be deleted.
+    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
@@ -717,7 +724,16 @@ def begin(folder, job, overwrite):
         if name not in own:
             raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
-    if not overwrite and common.job_state(folder, job, meta.get("job"), finished=True) == "finished":
+    return meta.get("job", {}) if names else None
+
+
+def begin(folder, job, overwrite):
+    """A new folder to write into; None, and a line, where the same job has made `folder` already.
+
+    Raises UserError where another job made it, or somebody else.
+    """
+    found = found_job(folder)
+    if not overwrite and common.job_state(folder, job, found, finished=True) == "finished":
         print(f"{folder} is already prepared with these arguments")
         return None
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
@@ -795,9 +811,9 @@ def from_recbench(name, folder, args):
     items, users, test, finetune = [folder / f"{part}.parquet" for part in ("items", "users", "test", "finetune")]
     named = folder / "valid_user_set_0.1.txt"
     paths = [path for path in (items, users, test, finetune, named) if path.is_file()]
-    if test not in paths and finetune not in paths:
-        raise UserError(f"{folder} has neither test.parquet nor finetune.parquet; get them from "
-                        "https://www.kaggle.com/datasets/qijiong/recbench-md")
+    if items not in paths or users not in paths or (test not in paths and finetune not in paths):
+        raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
+                        "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
            "raw": raw_files(paths)}
     target = Path(args.out, name)
@@ -1089,9 +1105,11 @@ def main(argv=None):
     if args.list:
         list_datasets()
         return
-    for name in args.names:  # what is missing is said before any long work
-        if name != "demo" and not args.from_recbench:
-            find_raw(name, args.raw)
+    for name in args.names:  # what is missing or in the way is said before any long work
+        if name != "demo":
+            found_job(Path(args.out, name))
+            if not args.from_recbench:
+                find_raw(name, args.raw)
     for name in args.names:
         if name == "demo":
             make_demo(args.out, args.seed, args.overwrite)

@@ -520,6 +520,8 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     # a quote that is not closed
     ("movielens", FILMS, b"\n1,Toy Story", b'\n1,"Toy Story', "line 2: "),
     ("movielens", FILMS, b"15,Casino", b'15,"Casino', "line 7: unexpected end of data"),
+    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n15,Casino,Crime\n17,Up","x"', "line 6: a quote opened there"),
+    ("movielens", FILMS, b"14,,Drama", b'14,"Ugly,Drama\n300,300 5",x', "line 6: a quote opened there"),
     ("movielens", FILMS, b'American President, The (1995)"', b"American President, The (1995)", "line 3"),
     # encodings
     ("movielens", FILMS, "Émile".encode(), "Émile".encode("cp1252"), "line 5: '13,\\udcc9mile (2000),Drama' ("),
@@ -532,8 +534,9 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     ("movielens", STARS, b"7,1,3.5,1000", b"7,1,3.5,1000,x", "5 fields, not 4"),
     ("mind", NEWS, b"N1\t", b"N1\tx\tx\tx\tx\tx\tx\tx\tx\t", "too many values"),
     # headers
-    ("movielens", STARS, b"8,1,5.0,10", b"userId,movieId,rating,timestamp", ": 'userId,movieId,rating"),
-    ("movielens", STARS, b"8,1,5.0,10", b"\xef\xbb\xbfuserId,movieId,rating,timestamp", ": 'userId,movieId,rating"),
+    ("movielens", STARS, b"8,1,5.0,10", b"userId,movieId,rating,timestamp", "a second header row"),
+    ("movielens", STARS, b"8,1,5.0,10", b"\xef\xbb\xbfuserId,movieId,rating,timestamp", "a second header row"),
+    ("microlens", "MicroLens-50k_titles.csv", b"\n5,", b"\nitem,title\n5,", "a second header row"),
     ("pens", "news.tsv", b"N2\t", b"News ID\tCategory\tTopic\tHeadline\nN2\t", "line 3: 'News ID"),
     ("pens", "train.tsv", PENS_HEADER + b"\r\nU1\tN1 N2\t1", b"U1\tN1 N2\t1\t1", "line 1: 'U1"),
     ("pog", "user_data.txt", b"a1,", b'"a1",', "a quote, and this file is no CSV"),
@@ -783,6 +786,20 @@ def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, sa
     more = [] if file else ["--test-size", "0"]
     code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out", *more)
     assert code == 2 and says in err and not (tmp_path / "out/yelp").exists()
+
+
+def test_what_is_in_the_way_of_a_later_dataset_is_said_before_the_first(tmp_path):
+    write(tmp_path / "out/hm/mine.txt", "hello")
+    code, _, err = run("yelp", "hm", "--raw", RAW, "--out", tmp_path / "out")
+    assert code == 2 and "holds mine.txt" in err and not (tmp_path / "out/yelp").exists()
+
+
+def test_english_titles_apart_from_the_events_are_not_replaced_by_chinese_ones(tmp_path):
+    shutil.copytree(RAW / "pog", tmp_path / "raw/pog/release")
+    (tmp_path / "raw/pog/release/pog_translated_titles.csv").rename(tmp_path / "raw/pog/pog_translated_titles.csv")
+    write(tmp_path / "raw/pog/release/item_data.txt", "a1,1,x,Kleid\n")
+    code, _, err = run("pog", "--raw", tmp_path / "raw", "--out", tmp_path / "out")
+    assert code == 2 and "has to hold pog_translated_titles.csv or item_data.txt, user_data.txt" in err
 
 
 def test_a_demo_model_of_another_seed_is_not_taken(tmp_path, monkeypatch):
