@@ -1002,7 +1002,9 @@ def first_positive(scores, labels):
     positives = int(labels[scores == top].sum())
     ranks = tied[:len(tied) - positives + 1]
     ways = math.comb(len(tied), positives)
-    chances = [math.comb(len(tied) - j, positives - 1) / ways for j in range(1, len(ranks) + 1)]
+    chances = []
+    for j in range(1, len(ranks) + 1):
+        chances.append(math.comb(len(tied) - j, positives - 1) / ways)
     return ranks, np.array(chances)
 
 

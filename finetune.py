@@ -129,10 +129,15 @@ def fine_tune(args, scorer, train, valid, state, job):
     last_step = steps_per_epoch * args.epochs
     eval_every = args.eval_every or steps_per_epoch
     if state is None:
-        state = {"steps": 0, "samples": 0, "seconds": 0.0,  # done so far
-                 "curve": [],  # evaluations: step, metric by dataset, their mean
-                 "log": [],  # the lines of log.jsonl: of every step and evaluation
-                 "best": None, "best_parameters": None, "evaluations_since_best": 0}  # for early stopping
+        state = {
+            "steps": 0,
+            "samples": 0,
+            "seconds": 0.0,  # of steps, without validation
+            "curve": [],  # evaluations: step, metric by dataset, their mean
+            "log": [],  # the lines of log.jsonl: of every step and evaluation
+            "best": None,  # of the curve
+            "best_parameters": None,
+            "evaluations_since_best": 0}
         record(args, state, parameters, validate(args, scorer, valid))  # the base model: an adapter must beat it
     else:
         set_parameters(parameters, state["parameters"])
@@ -157,9 +162,13 @@ def fine_tune(args, scorer, train, valid, state, job):
         state["steps"] += 1
         state["samples"] += len(batch)
         state["seconds"] += seconds
-        state["log"].append({"step": state["steps"], "epoch": epoch, "loss": loss,
-                             "samples_per_s": len(batch) / seconds, "tokens_per_s": tokens / seconds,
-                             "peak_memory_gb": common.peak_memory_gb(scorer.model.device)})
+        state["log"].append({
+            "step": state["steps"],
+            "epoch": epoch,
+            "loss": loss,
+            "samples_per_s": len(batch) / seconds,
+            "tokens_per_s": tokens / seconds,
+            "peak_memory_gb": common.peak_memory_gb(scorer.model.device)})
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         progress.update()
         if state["steps"] % eval_every == 0 or state["steps"] == last_step:

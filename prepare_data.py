@@ -772,8 +772,11 @@ def write_dataset(folder, texts, splits, job):
     name = job["dataset"]
     counts = {}
     for split, users in splits.items():
-        counts[split] = {"users": len(users), "items": len(common.items_of(users)), "samples": count_samples(users),
-                         "positives": sum(sum(user["labels"]) for user in users)}
+        counts[split] = {
+            "users": len(users),
+            "items": len(common.items_of(users)),
+            "samples": count_samples(users),
+            "positives": sum(sum(user["labels"]) for user in users)}
         print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
     return {"domain": common.DOMAINS[name], "job": job, "items": len(items), "splits": counts,
             "sha256": common.data_sha256(folder.parent, folder.name)}

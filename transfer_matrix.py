@@ -211,8 +211,14 @@ def read_cells(args, failed, train, domains):
     for source in train:
         for target in args.targets:
             setting = common.setting_of(train[source], target, domains)
-            cell = {"source": source, "target": target, "setting": setting,
-                    "value": None, "ci": None, "gain": None, "mark": ""}
+            cell = {
+                "source": source,
+                "target": target,
+                "setting": setting,
+                "value": None,
+                "ci": None,
+                "gain": None,  # over zero-shot
+                "mark": ""}
             cells.append(cell)
             if (source, target) in failed:
                 continue
@@ -249,7 +255,10 @@ def mark(gain):
 
 def rank_averages(args, draws):
     """RRA@K of the single sources, {source: {K: estimate}}: every draw gives a table, and a table an RRA."""
-    single = {pair: cell_draws for pair, cell_draws in draws.items() if pair[0] != ZERO and "+" not in pair[0]}
+    single = {}
+    for (source, target), cell_draws in draws.items():
+        if source != ZERO and "+" not in source:
+            single[source, target] = cell_draws
     if not single:
         return {}
     defined = np.isfinite(list(single.values())).all(axis=0)  # a draw in which a cell is undefined has no ranks
@@ -457,7 +466,8 @@ def draw_svg(matrix):
     limit = max([0.05, *gains])  # the gain of the darkest colour
     title = f"{matrix['metric'].upper()} of {matrix['model'][-40:]}, {matrix['type']}-based"
     key = "Row: trained on. Column: tested on. In a cell: setting, value, gain over zero-shot."
-    parts = [svg_text(20, 34, title, 18, "start"), svg_text(20, 56, key, 12, "start")]
+    parts = [svg_text(20, 34, title, 18, "start")]
+    parts.append(svg_text(20, 56, key, 12, "start"))
     for i, target in enumerate(targets):
         x = LEFT + WIDTH * (i + 0.5)
         parts.append(svg_text(x, TOP - 26, target, 13))
