@@ -47,7 +47,7 @@ class Dataset(NamedTuple):
     domain: str
     test: bool  # one of the paper's ten test sets
     finetune: bool  # one of the paper's ten fine-tune sets
-    kind: str  # impressions, ratings or sequences: how candidates are chosen, see prepare_data.py
+    kind: str  # impressions, ratings, sequences (or demo): how candidates are chosen, see prepare_data.py
     positives: int  # candidates per user, at most
     negatives: int
 
@@ -409,7 +409,7 @@ def lay_out(rows, pad):
 def packed_mask(segments):
     """Who sees whom: a boolean tensor (rows, 1, length, length) from the segments (rows, length).
 
-    A token sees what stands before it in the prefix and in its own suffix, and nothing of the other suffixes:
+    A token sees itself and what stands before it in the prefix and in its own suffix, nothing of the other suffixes:
 
         prefix a b, suffixes c d and e f     a b c d e f
                                           a  1 . . . . .
@@ -857,8 +857,9 @@ def load_adapter(scorer, folder, trainable=False):
 def find_layout(scorer):
     """The layout (see Scorer) in which texts share a forward pass without changing each other's scores.
 
-    No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on rows as long as
-    any that will be run. Raises UserError where the model gives other scores each time.
+    No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on packed rows as
+    long as any that will be run and beside up to 1,024 tokens of padding. Raises UserError where the model gives other
+    scores each time.
     """
     if scorer.type == "prompt" and scorer.family == "causal":
         fault = packing_fault(scorer)
@@ -939,7 +940,7 @@ def padding_changes(scorer):
         other_pad = scorer._replace(pad=long[0])
         if not torch.equal(beside, scores_or_embeddings(other_pad, [short, long])[0]):
             return True
-        if (alone[0] - beside).abs().max() > tolerance(scorer.model.dtype, alone):
+        if (alone[0] - beside).norm() > tolerance(scorer.model.dtype, alone):  # of a score, its size
             return True
     return False
 
@@ -953,10 +954,10 @@ def scores_or_embeddings(scorer, ids):
 # --------------------------------------------------------------------------------------------------------- metrics
 
 # Each is a function of ONE user's scores (higher is better) and labels (0 or 1): float and int arrays (candidates,).
-# The result is the mean over users who have a positive. Only the metric "auc" is none of these: it is the AUC over the
-# samples of all users (weighted_auc), and the mean of the function auc is "group_auc". Where scores tie, a metric is
-# the expected value over random order of the tied ones (McSherry & Najork 2008), so a constant scorer gets chance level
-# and never the luck of the sort.
+# The result is the mean over users who have a positive, and for AUC a negative. Only the metric "auc" is none of these:
+# it is the AUC over the samples of all users (weighted_auc), and the mean of the function auc is "group_auc". Where
+# scores tie, all but lrap are the expected value over random order of the tied ones (McSherry & Najork 2008), so a
+# constant scorer gets chance level and never the luck of the sort.
 
 
 def auc(scores, labels):
@@ -1349,7 +1350,7 @@ def model_identity(model):
 def job_of(args, free):
     """What an output is made of: a dict of the arguments and of what prompt, dtype and model mean.
 
-    Without the arguments that change no result: those named here and in `free`.
+    Without the arguments that change results by rounding at most: those named here and in `free`.
     """
     free = ("data", "out", "device", "overwrite", "trust_remote_code", "max_tokens", *free)
     job = {key: value for key, value in vars(args).items() if key not in free}
@@ -1493,7 +1494,7 @@ def shared_arguments(parser):
 
 
 def run_script(main, argv=None):
-    """Call a script's main and return its exit code: 0, 2 with one line on standard error, 130 after Ctrl-C."""
+    """Call a script's main and return its exit code; 2 with one line on standard error, 130 after Ctrl-C."""
     try:
         return main(argv) or 0
     except UserError as error:

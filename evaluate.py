@@ -2,7 +2,7 @@
 
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind movielens --out results/zero-shot
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --adapter runs/mind --test all --out results/mind
-    python evaluate.py --model intfloat/e5-base-v2 --type embed --test all --out results/e5
+    python evaluate.py --model sentence-t5 --type embed --test all --out results/sentence-t5
     python evaluate.py --model itemknn --test all --out results/itemknn            (also: random, popularity)
     python evaluate.py --model Qwen/Qwen2-0.5B-Instruct --test mind --out results/other --history other \\
         --against results/zero-shot                                                (does the history matter?)
@@ -168,7 +168,7 @@ def score_users(args, name, users, items, scorer, job, state):
     """
     started = time.perf_counter()
     path = scores_path(args.out, name)
-    done = max(0, whole_lines(path) - 1) if state == "continue" else 0  # the first line is the job
+    done = max(0, cut_torn_line(path) - 1) if state == "continue" else 0  # the first line is the job
     # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
     chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
     chosen_by = read_choices(args, name) if args.model in BASELINES else None
@@ -197,8 +197,8 @@ def score_users(args, name, users, items, scorer, job, state):
     return cost
 
 
-def whole_lines(path):
-    """The number of whole lines of a file. A last line that a kill has torn is cut off."""
+def cut_torn_line(path):
+    """Cut off a last line that a kill has torn. Returns the number of whole lines."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     os.truncate(path, whole)

@@ -2,7 +2,7 @@
 
     python finetune.py --model Qwen/Qwen2-0.5B-Instruct --train mind --out runs/mind
     python finetune.py --model Qwen/Qwen2-0.5B-Instruct --train mind pens hm --out runs/joint
-    python finetune.py --model intfloat/e5-base-v2 --type embed --train mind pens --out runs/e5-news
+    python finetune.py --model sentence-t5 --type embed --train mind pens --out runs/sentence-t5
     python finetune.py --model Qwen/Qwen2-0.5B-Instruct --train pens --init-adapter runs/mind --out runs/mind-then-pens
     torchrun --nproc-per-node 8 finetune.py --model meta-llama/Meta-Llama-3-8B --train mind --out runs/mind
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import common
 from common import UserError, say
 
-CHUNK_SIZE = 10  # candidates of one user that stay together in a batch: they share a packed row
+CHUNK_SIZE = 10  # candidates of one user that are shuffled as one, to share a packed row; a batch's end may cut them
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's format
 
 
@@ -138,7 +138,7 @@ def fine_tune(args, scorer, train, valid, state, job):
             "best": None,  # of the curve
             "best_parameters": None,
             "evaluations_since_best": 0}
-        record(args, state, parameters, validate(args, scorer, valid))  # the base model: an adapter must beat it
+        record(args, state, parameters, validate(args, scorer, valid))  # where it starts: what comes must beat it
     else:
         set_parameters(parameters, state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
@@ -266,7 +266,7 @@ def embed_losses(scorer, train, chosen):
     """Yield (loss, tokens) of each part of a batch: squared error of cosine(user, item) and label, summed over samples.
 
     chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates. A
-    part is the texts of as many users as fit into --max-tokens, of one at least.
+    part is the texts of some users, of at most --max-tokens tokens (one user at least).
     """
     rows, labels = [], []  # a row is a user here: the history and the items
     for user, candidates in chosen.items():

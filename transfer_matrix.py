@@ -278,7 +278,10 @@ def rank_averages(args, draws):
 
 
 def joint_gain(cells, draws):
-    """H - G, what a target's own data adds to joint training: {target: estimate}, where there are cells of both."""
+    """H - G, joint training with a target's own data and without: {target: estimate}, where there are cells of both.
+
+    It says what the data adds where the sources are made so: all sets, and all but the target.
+    """
     by_target = {}  # {target: {letter: [draws]}}
     for cell in cells:
         source, target = cell["source"], cell["target"]
@@ -384,9 +387,9 @@ def notes(matrix):
     lines = [*main_notes(matrix),
              "RRA@K ranks sources and says nothing of harm: the first of two that both fall below zero-shot gets 1."]
     for target, gain in matrix["joint_gain"].items():
-        lines.append(f"H - G on {target}, what its own data adds to joint training: {evaluate.show(gain, '+')}.")
+        lines.append(f"H - G on {target}, joint training with its own data and without: {evaluate.show(gain, '+')}.")
     if not matrix["joint_gain"]:
-        lines.append("H - G, what a target's own data adds to joint training: no target has cells of both settings.")
+        lines.append("H - G, joint training with a target's own data and without: no target has cells of both.")
     pairs, rho = matrix["similarity"]["pairs"], matrix["similarity"]["rank_correlation"]
     shown = "undefined" if rho is None else f"{rho:+.2f}"
     lines.append("Rank correlation of the datasets' similarity (cosine of mean item embeddings) with the gain, over "
@@ -398,7 +401,7 @@ def notes(matrix):
         if run["unstable"]:
             lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")
         if not run["beats_base"]:
-            lines.append(f"Training on {source} never beat the base model on validation users.")
+            lines.append(f"Training on {source} never beat its start on validation users.")
     for source, target in matrix["failed"]:
         lines.append(f"Failed: {source} on {target}." if target else f"Failed: training on {source}.")
     return lines

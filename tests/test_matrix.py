@@ -298,7 +298,7 @@ def test_a_chain_of_trainings_and_its_warnings(data, tmp_path, monkeypatch):
     cells = read_matrix(tmp_path)[1]["news-a"]
     assert [cells[target]["setting"] for target in TARGETS] == ["H", "G", "G", "G"]
     text = (tmp_path / "matrix.md").read_text()
-    assert "news-a was unstable" in text and "news-a never beat the base model" in text
+    assert "news-a was unstable" in text and "news-a never beat its start" in text
 
 
 def test_gains_are_paired_over_users(data, tmp_path, monkeypatch):
@@ -371,7 +371,7 @@ def test_joint_gain_is_h_minus_g_over_the_same_users():
 def test_joint_gain_is_said_or_said_to_be_missing(data, tmp_path, monkeypatch):
     Fakes(monkeypatch)
     assert run_matrix(data, tmp_path, sources=["shop"]) == 0
-    assert "no target has cells of both settings" in (tmp_path / "matrix.md").read_text()
+    assert "no target has cells of both" in (tmp_path / "matrix.md").read_text()
     assert run_matrix(data, tmp_path, sources=["news-a+shop", "books-a+shop"]) == 0
     assert list(read_matrix(tmp_path)[0]["joint_gain"]) == ["news-a", "books-a"]
     assert re.search(r"H - G on books-a, .*: [+-]0\.\d{3} \[", (tmp_path / "matrix.md").read_text())
