@@ -132,6 +132,8 @@ def state_of(args, name, job):
     found = None
     if scores.exists() or result.exists():
         found = job_of_scores(scores)
+    if result.exists() and not common.job_in(result.read_bytes()):
+        found = {}  # another program's
     return common.job_state(Path(args.out, name), job, found, result.exists())
 
 

@@ -464,6 +464,15 @@ def test_against_other_users_is_refused(data, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("content", ['{"x": 1}', "[]", '{"job": {"ty'])
+def test_a_result_of_another_program_beside_our_scores_is_refused(data, tmp_path, capsys, content):
+    assert run(data, "--model", "random", "--test", "mind", "--out", tmp_path) == 0
+    (tmp_path / "mind.json").write_text(content)
+    assert "was not made by this script" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path)
+    assert (tmp_path / "mind.json").read_text() == content
+    assert run(data, "--model", "random", "--test", "mind", "--out", tmp_path, "--overwrite") == 0
+
+
 def test_a_scores_file_that_was_cut_short_is_refused(data, tmp_path):
     path = tmp_path / "scores.jsonl"
     line = {"user": "u0", "scores": [0, 1, 2, 3], "labels": [0, 0, 1, 0], "dropped": 2}

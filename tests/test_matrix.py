@@ -92,7 +92,7 @@ class Fakes:
         write_lines(evaluate.scores_path(args.out, target), lines)
         result = {**common.evaluate_users(scored, draws=20), "collapsed": self.skill(source, target) == 0,
                   "n_users": len(users), "n_samples": 8 * len(users), "data_sha256": job["data_sha256"],
-                  "split": args.split, "arguments": vars(args)}
+                  "split": args.split, "job": job, "arguments": vars(args)}
         common.write_json(evaluate.result_path(args.out, target), result)
 
 
