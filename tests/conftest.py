@@ -1,13 +1,17 @@
 """pytest's settings: the scripts are importable, tests marked slow run only with --slow."""
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest on one thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
+tqdm.tqdm.monitor_interval = 0  # no thread of tqdm's: it could hold a lock while a test forks
+tqdm.tqdm.set_lock(threading.RLock())  # not shared between processes: one that a test kills could hold it
 
 
 def pytest_addoption(parser):
