@@ -488,6 +488,8 @@ def test_a_folder_that_is_being_written_is_no_dataset(tmp_path, capsys):
     """prepare_data.py writes into .NAME.new; killed there, it leaves a split without meta.json."""
     write_dataset(tmp_path / "data", "mind", 3)
     write_dataset(tmp_path / "data", ".pens.new", 3)
+    write_dataset(tmp_path / "data", "mine", 3)
+    (tmp_path / "data/mine/meta.json").unlink()  # not a dataset yet
     assert common.prepared(tmp_path / "data", "test") == ["mind"]
 
 

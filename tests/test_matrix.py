@@ -185,6 +185,7 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
     assert "--finetune-args" in error("--finetune-args=--lr '1e-3")
     for more in ([], ["--dry-run"]):
         assert "--bogus" in error("--evaluate-args=--bogus", *more)
+        assert "nowhere holds no finished run" in error("--finetune-args=--init-adapter nowhere", *more)
         assert "--lr" in error("--finetune-args=--lr 0", *more)
     assert "--adapter" in error("--evaluate-args=--adapter=x") and "--train" in error("--finetune-args=--train shop")
     assert "fine-tuned" in error("--model", "itemknn") and "--k" in error("--k", "0")

@@ -271,6 +271,22 @@ def test_positions_by_place_are_noticed_though_the_forward_takes_position_ids(mo
     assert "packed and separate scores differ" in common.packing_fault(scorer) or "mask" in common.packing_fault(scorer)
 
 
+@pytest.mark.parametrize("score_type", ["prompt", "embed"])
+def test_a_model_that_is_random_on_long_texts_alone_is_refused(model, monkeypatch, score_type):
+    """Reformer's hashing: its short texts are always the same, and felt their padding before."""
+    def noise(module, inputs, output):
+        return output + torch.randn_like(output) if output.shape[1] > 40 else output
+    load = common.load_pretrained
+
+    def load_noisy(args, name):
+        scorer = load(args, name)
+        scorer.model.get_input_embeddings().register_forward_hook(noise)
+        return scorer
+    monkeypatch.setattr(common, "load_pretrained", load_noisy)
+    with pytest.raises(common.UserError, match="different scores on each run"):
+        scorer_of(model("bert"), "--type", score_type)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_positions_that_do_not_start_at_0_are_noticed_whatever_the_rounding(tmp_path, capsys, dtype):
     """RoBERTa's start behind the padding id. Its scores move by less than bfloat16's rounding may."""
