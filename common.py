@@ -1389,9 +1389,10 @@ def job_in(text):
 def read_run(folder, args):
     """run.json of a finetune.py run. Raises UserError where it is unfinished or of another model or type."""
     path = Path(folder, "run.json")
-    if not path.exists() or not job_in(path.read_bytes()):
+    text = path.read_bytes() if path.exists() else b""
+    if not job_in(text):
         raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing or of another program)")
-    run = read_json(path)
+    run = json.loads(text)
     if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
                         f"--model {args.model} --type {args.type} (or the model's files have changed)")

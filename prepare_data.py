@@ -396,9 +396,10 @@ def csv_rows(path, lines):
     line = 1
     try:
         for fields in rows:
-            for more in ",".join(fields).split("\n")[1:]:  # of a text that spans lines
-                if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # it has swallowed a row
-                    raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
+            if rows.line_num > line:  # a text that spans lines
+                for more in ",".join(fields).split("\n")[1:]:
+                    if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # it has swallowed a row
+                        raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
             yield line, fields
             line = rows.line_num + 1
     except csv.Error as error:
