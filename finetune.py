@@ -505,6 +505,9 @@ def join_processes(args):
         return
     cuda = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
     if cuda:
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"torchrun starts {here} processes on this machine, which has {gpus} GPUs: one each is needed")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if cuda else "gloo")

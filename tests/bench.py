@@ -11,6 +11,8 @@ Weights and titles are random; nothing is downloaded. One JSON line per case; it
     train              a step on 32 samples without dropout. one_at_a_time: as in score; padded: all 32 prompts in one
                        padded batch with every logit; batched, packed: train_step. Compared are gradients, as a share of
                        the largest
+    train_all          the same step on all samples, packed alone: forward passes of --max-tokens, as far as they fill
+A rate of 0 did not fit into the GPU's memory. peak_memory_gb: of `packed`, with the model's weights; of the process on a CPU.
 matmul_share = counted operations / seconds of `packed` / rate of a large matrix product of the same dtype (gflops).
 Counted are 2 for each weight of the decoder's layers and token, padding left out, and 4 x width for each pair of tokens
 of which one sees the other. A training step adds as much for the gradients of the states (less in the first layer, as
@@ -53,17 +55,22 @@ def main(argv=None):
     add("--candidates", type=int, default=9, help="candidates per user (9)")
     add("--sweep", type=int, nargs="*", default=[2, 5, 10, 20, 50, 100], help="candidates per user, case candidates")
     add("--max-tokens", type=int, help="tokens per forward pass (1024 on a CPU, else 8192)")
-    add("--rounds", type=int, default=3, help="a time is the best of so many rounds, of one if it took over 3 s (3)")
+    add("--only", nargs="+", default=["score", "candidates", "embed", "train"], metavar="CASE", help="these cases only")
+    add("--gradient-checkpointing", action="store_true", help="in training")
+    add("--rounds", type=int, default=3, help="a time is the best of so many rounds, of one if it took over 6 s (3)")
     args = parser.parse_args(argv)
     rng = np.random.default_rng(0)
     scorer, heads = build(args)
     users = make_users(rng, args.users, args.history, args.candidates)
-    score_case(args, scorer, heads, users, ["one_at_a_time", "batched", "packed"], case="score")
-    for n in args.sweep:
+    if "score" in args.only:
+        score_case(args, scorer, heads, users, ["one_at_a_time", "batched", "packed"], case="score")
+    for n in args.sweep if "candidates" in args.only else []:
         few = make_users(rng, math.ceil(10 / n), args.history, n)
         score_case(args, scorer, heads, few, ["batched", "packed"], case="candidates", candidates=n)
-    embed_case(args, scorer, heads, users)
-    train_case(args, scorer, heads, users)
+    if "embed" in args.only:
+        embed_case(args, scorer, heads, users)
+    if "train" in args.only:
+        train_cases(args, scorer, heads, users)
 
 
 def build(args):
@@ -106,39 +113,43 @@ def use(scorer, heads, way):
 
 
 def race(args, ways, run):
-    """(best seconds of each way, what it gave): run(way) for each of the ways in turns."""
-    best, answers = {}, {}
+    """Dictionaries by way: best seconds, what it gave, peak memory in GB. run(way) for each of the ways in turns."""
+    best, answers, peaks = {}, {}, {}
     for way in list(ways) * args.rounds:
-        if best.get(way, 0) > 3:
+        if best.get(way, 0) > 6:
             continue
-        synchronize(args)
+        if "cuda" in args.device:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        answers[way] = run(way)
-        synchronize(args)
-        best[way] = min(best.get(way, math.inf), time.perf_counter() - start)
-    return best, answers
-
-
-def synchronize(args):
-    if "cuda" in args.device:
-        torch.cuda.synchronize()
+        try:
+            answers[way] = run(way)
+            if "cuda" in args.device:
+                torch.cuda.synchronize()
+            best[way] = min(best.get(way, math.inf), time.perf_counter() - start)
+            peaks[way] = common.peak_memory_gb(args.device)
+        except torch.OutOfMemoryError:
+            best[way] = math.inf
+    return best, answers, peaks
 
 
 def report(args, samples, ways, run, rows, unpacked, model, training=False, **first):
     """Time the ways, run(way) returns scores or gradients, and print the case."""
-    times, answers = race(args, ways, run)
+    times, answers, peaks = race(args, ways, run)
     size = 256 if args.shape == "tiny" else 8192 if "cuda" in args.device else 2048
     kind = dict(device=args.device, dtype=getattr(torch, args.dtype))
     a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
-    product, _ = race(args, ["product"] * 10, lambda way: a @ b)
+    product, _, _ = race(args, ["product"] * 10, lambda way: a @ b)
     gflops = 2e-9 * size**3 / product["product"]
     rates = {way: samples / seconds for way, seconds in times.items()}
     differences = [np.abs(answer - answers["packed"]).max() for answer in answers.values() if answer is not None]
+    tokens = sum(map(common.row_length, rows))
     print(json.dumps({
         **first, **rates, "packed_over_one": rates["packed"] / rates["one_at_a_time"] if "one_at_a_time" in rates else None,
-        "max_abs_diff": float(max(differences)), "tokens_unpacked": unpacked,
-        "tokens_packed": sum(map(common.row_length, rows)),
+        "max_abs_diff": float(max(differences)), "tokens_unpacked": unpacked, "tokens_packed": tokens,
+        "tokens_per_s": tokens / times["packed"], "peak_memory_gb": peaks["packed"],
         "matmul_share": operations(model, rows, training) / times["packed"] / gflops / 1e9, "gflops": gflops,
+        "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu",
         "threads": torch.get_num_threads()}), flush=True)
 
 
@@ -202,28 +213,32 @@ def embed_case(args, scorer, heads, users):
            case="embed")
 
 
-def train_case(args, scorer, heads, users):
+def train_cases(args, scorer, heads, users):
     """A step of finetune.py without dropout, on the first batch of an epoch; texts are tokenised beforehand."""
-    options = finetune.arguments(["--model", "-", "--train", "mind", "--out", "-", "--lora-dropout", "0"])
+    command = ["--model", "-", "--train", "mind", "--out", "-", "--lora-dropout", "0"]
+    options = finetune.arguments(command + ["--gradient-checkpointing"] * args.gradient_checkpointing)
     scorer = finetune.add_lora(options, scorer)
     parameters = finetune.trained_parameters(scorer)
     for p in parameters:  # half of them are zero at first, and with them the gradients of the others
         torch.nn.init.normal_(p, std=0.02)
     optimizer = torch.optim.Adam(parameters, lr=0.0)
     train = [(common.encode_user(scorer, user)[0], user["labels"]) for user in users]
-    batch = finetune.epoch_batches(train, 0, 0, options.batch_size)[0]
-    per_user = {}
-    for user, candidate in batch:
-        per_user.setdefault(user, []).append(train[user][0][candidate])
-    rows = common.rows_of(scorer, list(per_user.values()))
 
-    def run(way):
-        finetune.train_step(use(scorer, heads, way), optimizer, train, batch)
-        gradients = torch.cat([p.grad.float().flatten() for p in parameters])
-        return (gradients / gradients.abs().max()).cpu().numpy()
-    unpacked = sum(len(ids) for prompts in per_user.values() for ids in prompts)
-    report(args, len(batch), ["one_at_a_time", "padded", "batched", "packed"], run, rows, unpacked, scorer.model,
-           training=True, case="train")
+    def case(name, ways, batch_size):
+        batch = finetune.epoch_batches(train, 0, 0, batch_size)[0]
+        per_user = {}
+        for user, candidate in batch:
+            per_user.setdefault(user, []).append(train[user][0][candidate])
+        rows = common.rows_of(scorer, list(per_user.values()))
+
+        def run(way):
+            finetune.train_step(use(scorer, heads, way), optimizer, train, batch)
+            gradients = torch.cat([p.grad.float().flatten() for p in parameters])
+            return (gradients / gradients.abs().max()).cpu().numpy()
+        unpacked = sum(len(ids) for prompts in per_user.values() for ids in prompts)
+        report(args, len(batch), ways, run, rows, unpacked, scorer.model, training=True, case=name)
+    case("train", ["one_at_a_time", "padded", "batched", "packed"], options.batch_size)
+    case("train_all", ["packed"], sum(len(labels) for _, labels in train))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, where results are exact; also on a machine with a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are fastest on one thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
 tqdm.tqdm.monitor_interval = 0  # no thread of tqdm's: it could hold a lock while a test forks

@@ -191,7 +191,7 @@ def compare_scoring(args, users):
             seconds[name].append(time.perf_counter() - start)
     exact, _ = results["this project"]
     for name, (scores, tokens) in results.items():
-        report("score", name, len(exact), tokens, seconds, np.abs(scores - exact).max())
+        report(args.device, "score", name, len(exact), tokens, seconds, np.abs(scores - exact).max())
 
 # -------------------------------------------------------------------------------------------------------- fine-tuning
 
@@ -282,36 +282,40 @@ def compare_training(args):
             first_loss[name] = losses[0]
             seconds[name].append(taken)
     for name, loss in first_loss.items():
-        report("train", name, args.steps * BATCH, None, seconds, abs(loss - first_loss["this project"]))
+        report(args.device, "train", name, args.steps * BATCH, None, seconds, abs(loss - first_loss["this project"]))
 
 # ------------------------------------------------------------------------------------------------- bfloat16, and reports
 
 
 def compare_bfloat16(args, users):
-    """What bfloat16 does to the scores: a JSON line per type and layout, against packed scores in float32.
+    """What bfloat16 does to the scores: a JSON line per device, type and layout, against packed float32 on the CPU.
 
     spread: standard deviation of a user's scores (mean over users), to read the differences against.
     pairs_changed: share of pairs of a user's candidates that change order.
     """
     scores = {}
-    for dtype in ("float32", "bfloat16"):
-        args.dtype = dtype
+    for device, dtype in itertools.product(dict.fromkeys(["cpu", args.device]), ["float32", "bfloat16"]):
+        args.device, args.dtype = device, dtype
         scorer = load_project(args)
         for layout in ("packed", "padded"):
-            scores[dtype, layout], _ = common.score_prompts(scorer._replace(layout=layout), users)
-    exact = scores["float32", "packed"]
+            scores[device, dtype, layout], _ = common.score_prompts(scorer._replace(layout=layout), users)
+    exact = scores["cpu", "float32", "packed"]
     spread = np.mean([np.std(values) for values in exact])
-    for (dtype, layout), rounded in scores.items():
+    for (device, dtype, layout), rounded in scores.items():
         differences = np.abs(np.concatenate(rounded) - np.concatenate(exact))
         changed = []
         for a, b in zip(rounded, exact):
             first, second = np.triu_indices(len(a), 1)
             changed.append(np.mean(np.sign(a[first] - a[second]) != np.sign(b[first] - b[second])))
         print(json.dumps({
-            "case": "bfloat16", "dtype": dtype, "layout": layout, "users": len(users), "samples": len(differences),
+            "case": "bfloat16", "device": device_name(device), "dtype": dtype, "layout": layout, "users": len(users), "samples": len(differences),
             "spread": round(spread, 4), "median_difference": float(f"{np.median(differences):.3g}"),
             "max_difference": float(f"{differences.max():.3g}"), "pairs_changed": round(np.mean(changed), 4),
             "pairs_changed_by_user": summary(changed), "versions": common.versions()}), flush=True)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if "cuda" in device else "cpu"
 
 
 def summary(values):
@@ -319,7 +323,7 @@ def summary(values):
     return [round(float(value), 3) for value in (min(values), statistics.median(values), max(values))]
 
 
-def report(case, name, samples, tokens, seconds, difference):
+def report(device, case, name, samples, tokens, seconds, difference):
     """A JSON line about one way. seconds: {way: seconds per round}."""
     rates = [samples / taken for taken in seconds[name]]
     ratios = [taken / own for taken, own in zip(seconds[name], seconds["this project"])]
@@ -330,7 +334,8 @@ def report(case, name, samples, tokens, seconds, difference):
             versions[package] = importlib.metadata.version(distributions[package][0])
     print(json.dumps({
         "case": case, "way": name, "samples": samples, "samples_per_s": summary(rates), "ratio": summary(ratios),
-        "max_difference": float(f"{difference:.3g}"), "tokens": tokens, "threads": torch.get_num_threads(),
+        "max_difference": float(f"{difference:.3g}"), "tokens": tokens, "device": device_name(device),
+        "threads": torch.get_num_threads(),
         "versions": versions}), flush=True)
 
 

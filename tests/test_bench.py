@@ -10,8 +10,10 @@ KEYS = {"batched", "packed", "packed_over_one", "max_abs_diff", "tokens_unpacked
 def test_the_benchmark_prints_every_case_and_its_ways_agree(capsys):
     bench.main("--shape tiny --users 4 --history 3 --candidates 9 --sweep 2 4 --rounds 1".split())
     cases = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [case["case"] for case in cases] == ["score", "candidates", "candidates", "embed", "train"]
+    assert [case["case"] for case in cases] == ["score", "candidates", "candidates", "embed", "train",
+                                              "train_all"]
     assert [case.get("candidates") for case in cases[:3]] == [None, 2, 4]
+    assert cases.pop()["packed"] > 0
     for case in cases:
         assert KEYS <= set(case) and case["packed"] > 0 and case["max_abs_diff"] < 1e-5
         assert case["tokens_packed"] < case["tokens_unpacked"] and case["batched"] > 0 < case["matmul_share"]

@@ -592,6 +592,16 @@ def test_two_processes_share_the_validation_users_and_draw_dropout_of_their_own(
     assert (tmp_path / "seed0").read_text() != (tmp_path / "seed1").read_text()
 
 
+def test_two_processes_do_not_share_a_gpu(data, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    command = ["--data", data, "--model", models["llama"], "--out", tmp_path / "out", "--train", "mind"]
+    assert common.run_script(finetune.main, list(map(str, command))) == 2
+    assert "2 processes on this machine, which has 1 GPUs" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt", "embed"])
 def test_torchrun(data, models, tmp_path, kind):
