@@ -268,23 +268,28 @@ def embed_losses(scorer, train, chosen):
     chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates. A
     part is the texts of some users, of at most --max-tokens tokens (one user at least).
     """
-    rows, labels = [], []  # a row is a user here: the history and the items
+    parts, size = [], 0  # a part: (texts, labels) of each of its users
     for user, candidates in chosen.items():
-        ids, user_labels = train[user]
-        items = [ids[candidate + 1] for candidate in candidates]
-        rows.append(common.Row(ids[0], items, range(len(labels), len(labels) + len(items))))
-        labels += [user_labels[candidate] for candidate in candidates]
-    for part in common.fill_batches(scorer, rows):
-        texts, pairs = [], []  # pairs: indices of history and item
-        for row in part:
-            history = len(texts)
-            texts += [row.prefix, *row.suffixes]
-            pairs += [(history, history + n) for n in range(1, len(row.suffixes) + 1)]
-        vectors = common.embed(scorer, texts)  # of length 1
-        histories, items = torch.tensor(pairs).T
-        cosines = (vectors[histories] * vectors[items]).sum(1)
-        wanted = cosines.new_tensor([labels[i] for i in common.indices_of(part)])
-        yield (cosines - wanted).square().sum(), sum(map(common.row_length, part))
+        ids, labels = train[user]
+        texts = [ids[0]] + [ids[1 + candidate] for candidate in candidates]
+        tokens = sum(map(len, texts))
+        if not parts or size + tokens > scorer.max_tokens:
+            parts.append([])
+            size = 0
+        parts[-1].append((texts, [labels[candidate] for candidate in candidates]))
+        size += tokens
+    for part in parts:
+        all_texts = []
+        for texts, _ in part:
+            all_texts += texts
+        vectors = common.embed(scorer, all_texts)  # of length 1
+        loss, start = 0.0, 0
+        for texts, labels in part:
+            end = start + len(texts)
+            cosines = vectors[start + 1:end] @ vectors[start]
+            loss += (cosines - cosines.new_tensor(labels)).square().sum()
+            start = end
+        yield loss, sum(map(len, all_texts))
 
 
 def validate(args, scorer, valid):
@@ -507,7 +512,7 @@ def join_processes(args):
     if cuda:
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > gpus:
-            raise UserError(f"torchrun starts {here} processes on this machine, which has {gpus} GPUs: one each is needed")
+            raise UserError(f"torchrun starts {here} processes here, each for a GPU of its own, and there are {gpus}")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if cuda else "gloo")

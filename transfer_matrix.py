@@ -10,7 +10,9 @@ again. Writes to OUT: matrix.json (everything), .csv, .md (also printed), .svg (
 cells/<source>/.
 """
 import argparse
+import csv
 import html
+import io
 import os
 import shlex
 import shutil
@@ -418,8 +420,9 @@ def comma_separated(matrix):
             else:
                 row += ["", "", ""]
         rows.append([*row, cell["mark"], cell.get("n_users", "")])
-    lines = [",".join(map(str, row)) for row in rows]
-    return "\n".join(lines) + "\n"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def compare(folders):

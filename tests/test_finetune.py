@@ -599,7 +599,7 @@ def test_two_processes_do_not_share_a_gpu(data, models, tmp_path, monkeypatch, c
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     command = ["--data", data, "--model", models["llama"], "--out", tmp_path / "out", "--train", "mind"]
     assert common.run_script(finetune.main, list(map(str, command))) == 2
-    assert "2 processes on this machine, which has 1 GPUs" in capsys.readouterr().err
+    assert "2 processes here, each for a GPU of its own, and there are 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
