@@ -1360,7 +1360,7 @@ def job_of(args, free):
     return job
 
 
-def job_state(place, job, found, finished):
+def job_status(place, job, found, finished):
     """What to do about an output at `place`: "start", "continue" or "finished".
 
     found: the job that stands beside what is there, {} where there is none, None where there is nothing at all. Raises
@@ -1378,21 +1378,28 @@ def job_state(place, job, found, finished):
     return "finished" if finished else "continue"
 
 
-def job_in(text):
-    """The "job" in the JSON text of an output; {} where another program wrote it."""
+def job_in(path):
+    """The "job" in the first JSON value of an output; {} where another program wrote it, None without such a file."""
+    if not Path(path).exists():
+        return None
     try:
-        return dict(json.loads(text)["job"])
+        value, _ = json.JSONDecoder().raw_decode(Path(path).read_text(encoding="utf-8"))
+        return dict(value["job"])
     except (ValueError, KeyError, TypeError):
         return {}
 
 
 def read_run(folder, args):
-    """run.json of a finetune.py run. Raises UserError where it is unfinished or of another model or type."""
+    """run.json of a finetune.py run; without one, that of the base model, which has seen no dataset.
+
+    Raises UserError where the run is unfinished or of another model or type.
+    """
+    if not folder:
+        return {"train_chain": [], "valid_chain": [], "domains": {}}
     path = Path(folder, "run.json")
-    text = path.read_bytes() if path.exists() else b""
-    if not job_in(text):
+    if not job_in(path):
         raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing or of another program)")
-    run = json.loads(text)
+    run = read_json(path)
     if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
                         f"--model {args.model} --type {args.type} (or the model's files have changed)")

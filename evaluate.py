@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -51,29 +52,29 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     metas = check_tests(args)
-    run = {"train_chain": [], "domains": {}}  # of the base model
+    run = common.read_run(args.adapter, args)
     if args.adapter:
-        run = common.read_run(args.adapter, args)
         say_warnings(args, run, metas)
     jobs = {name: job_of(args, name) for name in metas}
-    states = {name: state_of(args, name, job) for name, job in jobs.items()}  # what is in the way is said at once
+    statuses = {name: status_of(args, name, job) for name, job in jobs.items()}  # a file in the way is said now
     compared = check_against(args, jobs) if args.against else []
-    scorer = None
+    scorer = None  # baselines have none
     results = []
-    for name, state in states.items():
-        if state == "finished":
-            say(f"{result_path(args.out, name)} is finished already; --overwrite scores it again")
-            results.append(common.read_json(result_path(args.out, name)))
-            continue
-        users, items = common.read_users(args.data, name, args.split, args.limit_users)
-        if args.history == "other":
-            users = with_other_histories(name, users)
-        if scorer is None and args.model not in BASELINES:
-            scorer = common.load_scorer(args)
-            if args.adapter:
-                scorer = common.load_adapter(scorer, args.adapter)
-        cost = score_users(args, name, users, items, scorer, jobs[name], state)
-        results.append(finish(args, name, users, items, scorer, jobs[name], cost))
+    for name, status in statuses.items():
+        path = result_path(args.out, name)
+        if status == "finished":
+            say(f"{path} is finished already; --overwrite scores it again")
+        else:
+            users, items = common.read_users(args.data, name, args.split, args.limit_users)
+            if args.history == "other":
+                users = with_other_histories(name, users)
+            if scorer is None and args.model not in BASELINES:
+                scorer = common.load_scorer(args)
+                if args.adapter:
+                    scorer = common.load_adapter(scorer, args.adapter)
+            cost = score_users(args, name, users, items, scorer, jobs[name], status)
+            finish(args, name, users, items, scorer, jobs[name], cost)
+        results.append(common.read_json(path))
     domains = {**common.domains_of(metas), **run["domains"]}
     print(table(results, run["train_chain"], domains))
     if compared:
@@ -84,14 +85,14 @@ def main(argv=None):
 
 def check_tests(args):
     """{dataset: meta.json} of the datasets to score. Raises UserError where one or its split is missing."""
-    if args.test != ["all"]:
-        return common.check_datasets(args.test, args.data, args.split)
-    names = common.prepared(args.data, args.split)
-    if not names:
-        raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
-    missing = [name for name, row in common.DATASETS.items() if row.test and name not in names]
-    if missing and set(names) & set(common.DATASETS):
-        say(f"not prepared, so not evaluated: {', '.join(missing)}")
+    names = args.test
+    if names == ["all"]:
+        names = common.prepared(args.data, args.split)
+        if not names:
+            raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
+        missing = [name for name, row in common.DATASETS.items() if row.test and name not in names]
+        if missing and set(names) & set(common.DATASETS):
+            say(f"not prepared, so not evaluated: {', '.join(missing)}")
     return common.check_datasets(names, args.data, args.split)
 
 
@@ -124,25 +125,15 @@ def job_of(args, name):
     return job
 
 
-def state_of(args, name, job):
-    """"start", "continue" or "finished", by what stands in --out: see common.job_state."""
+def status_of(args, name, job):
+    """common.job_status of what stands in --out: "start", "continue" or "finished"."""
     if args.overwrite:
         return "start"
-    result, scores = result_path(args.out, name), scores_path(args.out, name)
-    found = None
-    if scores.exists() or result.exists():
-        found = job_of_scores(scores)
-    if result.exists() and not common.job_in(result.read_bytes()):
-        found = {}  # another program's
-    return common.job_state(Path(args.out, name), job, found, result.exists())
-
-
-def job_of_scores(path):
-    """The job in the first line of a scores file; {} where there is no such file, or it is somebody else's."""
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        return common.job_in(file.readline())
+    result = result_path(args.out, name)
+    found = common.job_in(scores_path(args.out, name))
+    if result.exists() and not (found and common.job_in(result)):
+        found = {}  # another program's, or its scores are gone
+    return common.job_status(Path(args.out, name), job, found, result.exists())
 
 
 def check_against(args, jobs):
@@ -151,7 +142,7 @@ def check_against(args, jobs):
     if not shared:
         raise UserError(f"--against {args.against} holds no result of {', '.join(jobs)}")
     for name in shared:
-        other = job_of_scores(scores_path(args.against, name))
+        other = common.job_in(scores_path(args.against, name))
         if not other:
             raise UserError(f"--against {args.against} holds no scores of evaluate.py for {name}")
         for key in ("data_sha256", "split", "limit_users"):
@@ -163,27 +154,26 @@ def check_against(args, jobs):
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
-def score_users(args, name, users, items, scorer, job, state):
+def score_users(args, name, users, items, scorer, job, status):
     """Write the scores file: the job, then a line per user, appended as they are scored. Returns what it took.
 
     A run that was killed goes on after its last whole line; what it takes is then counted for the users after that.
     """
     started = time.perf_counter()
     path = scores_path(args.out, name)
-    done = max(0, cut_torn_line(path) - 1) if state == "continue" else 0  # the first line is the job
+    done = max(0, cut_torn_line(path) - 1) if status == "continue" else 0  # the first line is the job
     # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
-    chunk = 256 if args.model in BASELINES else max(1, scorer.max_tokens // 256)
-    chosen_by = read_choices(args, name) if args.model in BASELINES else None
+    chunk = max(1, scorer.max_tokens // 256) if scorer else 256
+    chosen_by = None if scorer else read_choices(args, name)
     known = {}  # embeddings of items
     cost = {"tokens_scored": 0, "tokens_unpacked": 0}
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user")
     for start in range(done, len(users), chunk):
         batch = users[start:start + chunk]
-        if args.model in BASELINES:
-            scores = baseline_scores(args, name, batch, chosen_by)
-            took = {"tokens_scored": 0, "tokens_unpacked": 0, "dropped": [0] * len(batch)}
-        else:
+        if scorer:
             scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in batch], known)
+        else:
+            scores, took = baseline_scores(args, name, batch, chosen_by), {"dropped": [0] * len(batch)}
         lines = score_lines(name, batch, scores, took["dropped"])
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
@@ -192,7 +182,7 @@ def score_users(args, name, users, items, scorer, job, state):
             file.write(lines)
         progress.update(len(batch))
         for key in cost:
-            cost[key] += took[key]
+            cost[key] += took.get(key, 0)
     progress.close()
     cost["samples_scored"] = sum(len(user["candidates"]) for user in users[done:])
     cost["seconds"] = time.perf_counter() - started
@@ -235,7 +225,7 @@ def score_lines(name, batch, scores, dropped):
 
 
 def finish(args, name, users, items, scorer, job, cost):
-    """Compute the metrics of a whole scores file and write the result. Returns it (a dict)."""
+    """Compute the metrics of a whole scores file and write the result."""
     scored, histories_cut = read_scores(scores_path(args.out, name))
     labels = np.concatenate([labels for _, labels in scored])
     truncated = {"texts": common.count_long_texts(users, items), "histories": histories_cut}
@@ -269,7 +259,6 @@ def finish(args, name, users, items, scorer, job, cost):
     if collapsed:
         say(f"{name}: group AUC {metrics['group_auc']:.3f} cannot be told from chance (0.5): 95% interval {low:.3f} to "
             f"{high:.3f}")
-    return result
 
 
 def read_scores(path):
@@ -296,13 +285,13 @@ def read_choices(args, name):
     """
     other_split = args.split != "train" and Path(args.data, name, "train.jsonl").exists()
     users, _ = common.read_users(args.data, name, "train" if other_split else args.split)
-    chosen_by = {}
+    chosen_by = defaultdict(set)
     for user in users:
-        basket = set(user["history"])
-        if other_split:
-            basket.update(item for item, label in zip(user["candidates"], user["labels"]) if label)
-        for item in basket:
-            chosen_by.setdefault(item, set()).add(user["user"])
+        for item in user["history"]:
+            chosen_by[item].add(user["user"])
+        for item, label in zip(user["candidates"], user["labels"]):
+            if label and other_split:
+                chosen_by[item].add(user["user"])
     return chosen_by
 
 
@@ -316,7 +305,7 @@ def baseline_scores(args, name, users, chosen_by):
     for user in users:
         scores, own = [], {user["user"]}
         for candidate in user["candidates"]:
-            fans = chosen_by.get(candidate, set()) - own
+            fans = chosen_by[candidate] - own
             score = 0.0
             if args.model == "random":
                 score = common.digest(args.seed, name, user["user"], "random", candidate) / 2**64
@@ -324,7 +313,7 @@ def baseline_scores(args, name, users, chosen_by):
                 score = len(fans)
             else:
                 for item in user["history"]:
-                    others = chosen_by.get(item, set()) - own
+                    others = chosen_by[item] - own
                     both = len(fans & others)
                     if both:
                         score += both / math.sqrt(len(fans) * len(others))

@@ -70,10 +70,10 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     join_processes(args)
-    metas, earlier = check_inputs(args)
+    chain = chain_of(args)
     test_sets = common.check_datasets(common.prepared(args.data, "test"), args.data, "test")
     job = job_of(args)
-    status, state = saved_state(args, job)
+    status, state = status_of(args, job)
     if status == "finished":
         say(f"{args.out} is finished already; --overwrite runs it again")
         return
@@ -84,20 +84,12 @@ def main(argv=None):
     valid = read_valid(args)
     state = fine_tune(args, scorer, train, valid, state, job)
 
-    # over the whole chain of --init-adapter
-    train_chain = list(dict.fromkeys([*earlier["train_chain"], *args.train]))
-    valid_chain = list(dict.fromkeys([*earlier["valid_chain"], *args.valid]))
-    domains = earlier["domains"]
-    for name in args.train:
-        domains[name] = metas[name]["domain"]
     run = {
         "model": scorer.name,
         "type": args.type,
         "train": args.train,
         "valid": args.valid,
-        "train_chain": train_chain,
-        "valid_chain": valid_chain,
-        "domains": domains,
+        **chain,
         "steps": state["steps"],
         "samples": state["samples"],
         "seconds": state["seconds"],
@@ -221,7 +213,7 @@ def train_step(scorer, optimizer, train, batch):
     scorer.model.train()
     optimizer.zero_grad()
     mean_loss, total_tokens = 0.0, 0
-    for loss, tokens in losses(scorer, train, by_user(share)):  # of one part after the other, to save memory
+    for loss, tokens in losses(scorer, by_user(train, share)):  # of one part after the other, to save memory
         if not loss.requires_grad:
             raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
         loss = loss / len(batch)
@@ -236,60 +228,60 @@ def train_step(scorer, optimizer, train, batch):
     return mean_loss, total_tokens
 
 
-def by_user(samples):
-    """{user: candidates} of samples: a user's prompts share a row."""
-    chosen = {}
+def by_user(train, samples):
+    """The texts and labels of samples, user by user, as they stand in train: a user's prompts share a row."""
+    users = {}
     for user, candidate in samples:
-        chosen.setdefault(user, []).append(candidate)
-    return chosen
+        ids, labels = train[user]
+        first = len(ids) - len(labels)  # of the candidates' texts: for embeddings, the history comes before them
+        own_ids, own_labels = users.setdefault(user, (ids[:first], []))
+        own_ids.append(ids[first + candidate])
+        own_labels.append(labels[candidate])
+    return list(users.values())
 
 
-def prompt_losses(scorer, train, chosen):
+def prompt_losses(scorer, users):
     """Yield (loss, tokens) of each part of a batch: binary cross-entropy of the logit difference, summed over samples.
 
-    chosen: {user: candidates}. A part is one forward pass: at most --max-tokens tokens with their padding.
+    users: [(token ids of prompts, labels)]. A part is one forward pass: at most --max-tokens tokens with their padding.
     """
-    per_user, labels = [], []
-    for user, candidates in chosen.items():
-        ids, user_labels = train[user]
-        per_user.append([ids[candidate] for candidate in candidates])
-        labels += [user_labels[candidate] for candidate in candidates]
-    rows = common.rows_of(scorer, per_user)
+    labels = []
+    for _, user_labels in users:
+        labels += user_labels
     labels = torch.tensor(labels, dtype=torch.float64, device=scorer.model.device)
+    rows = common.rows_of(scorer, [ids for ids, _ in users])
     for part in common.fill_batches(scorer, rows):
         scores = common.score_rows(scorer, part)
         loss = binary_cross_entropy_with_logits(scores, labels[common.indices_of(part)], reduction="sum")
         yield loss, sum(map(common.row_length, part))
 
 
-def embed_losses(scorer, train, chosen):
+def embed_losses(scorer, users):
     """Yield (loss, tokens) of each part of a batch: squared error of cosine(user, item) and label, summed over samples.
 
-    chosen: {user: candidates}. Of a user's texts in train, the first is the history, the others are the candidates. A
-    part is the texts of some users, of at most --max-tokens tokens (one user at least).
+    users: [(token ids of the history and then of candidates, labels)]. A part is the texts of some users, of at most
+    --max-tokens tokens (one user at least).
     """
-    parts, size = [], 0  # a part: (texts, labels) of each of its users
-    for user, candidates in chosen.items():
-        ids, labels = train[user]
-        texts = [ids[0]] + [ids[1 + candidate] for candidate in candidates]
-        tokens = sum(map(len, texts))
+    parts, size = [], 0
+    for ids, labels in users:
+        tokens = sum(map(len, ids))
         if not parts or size + tokens > scorer.max_tokens:
             parts.append([])
             size = 0
-        parts[-1].append((texts, [labels[candidate] for candidate in candidates]))
+        parts[-1].append((ids, labels))
         size += tokens
     for part in parts:
-        all_texts = []
-        for texts, _ in part:
-            all_texts += texts
-        vectors = common.embed(scorer, all_texts)  # of length 1
+        texts = []
+        for ids, _ in part:
+            texts += ids
+        vectors = common.embed(scorer, texts)  # of length 1
         loss, start = 0.0, 0
-        for texts, labels in part:
-            end = start + len(texts)
+        for ids, labels in part:
+            end = start + len(ids)
             cosines = vectors[start + 1:end] @ vectors[start]
             loss += (cosines - cosines.new_tensor(labels)).square().sum()
             start = end
-        yield loss, sum(map(len, all_texts))
+        yield loss, sum(map(len, texts))
 
 
 def validate(args, scorer, valid):
@@ -335,20 +327,21 @@ def unstable(curve):
 # ---------------------------------------------------------------------------------------------------- data and adapter
 
 
-def check_inputs(args):
-    """({dataset: meta.json}, run.json of --init-adapter, whose shape then stands in the LoRA flags).
+def chain_of(args):
+    """What the adapter will have seen, with the runs that --init-adapter continues: datasets and their domains.
 
-    Raises UserError where a dataset or that run is missing.
+    Raises UserError where a dataset or the earlier run is missing.
     """
+    earlier = common.read_run(args.init_adapter, args)
     metas = common.check_datasets(args.train, args.data, "train")
-    metas = {**metas, **common.check_datasets(args.valid, args.data, "valid")}
-    earlier = {"train_chain": [], "valid_chain": [], "domains": {}}
-    if args.init_adapter:
-        earlier = common.read_run(args.init_adapter, args)
-        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
-        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
-        args.lora_targets = shape["target_modules"]
-    return metas, earlier
+    common.check_datasets(args.valid, args.data, "valid")
+    domains = earlier["domains"]
+    for name, meta in metas.items():
+        domains[name] = meta["domain"]
+    return {
+        "train_chain": list(dict.fromkeys(earlier["train_chain"] + args.train)),  # none twice
+        "valid_chain": list(dict.fromkeys(earlier["valid_chain"] + args.valid)),
+        "domains": domains}
 
 
 def read_valid(args):
@@ -391,6 +384,9 @@ def add_lora(args, scorer):
     if args.gradient_checkpointing:
         scorer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.init_adapter:
+        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
+        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
+        args.lora_targets = shape["target_modules"]  # whatever the flags were: run.json says what was trained
         say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
         return common.load_adapter(scorer, args.init_adapter, trainable=True)
     targets = args.lora_targets or default_targets(scorer)
@@ -439,23 +435,22 @@ def job_of(args):
     return job
 
 
-def saved_state(args, job):
-    """("start", None), ("continue", the state of a killed run) or ("finished", None): see common.job_state."""
+def status_of(args, job):
+    """(common.job_status of what stands in --out; where that is "continue", the state of the killed run, else None)."""
     if args.overwrite:
         return "start", None
-    path, run_path = Path(args.out, "state.pt"), Path(args.out, "run.json")
-    state = found = None
+    path = Path(args.out, "state.pt")
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             found = dict(state["job"])
         except Exception as error:
             raise UserError(f"{path} is damaged ({str(error)[:100]}): start again with --overwrite") from None
-    elif run_path.exists():
-        found = common.job_in(run_path.read_bytes())
-    elif Path(args.out, ADAPTER_FILES[0]).exists():
+        return common.job_status(args.out, job, found, finished=False), state
+    found = common.job_in(Path(args.out, "run.json"))
+    if found is None and Path(args.out, ADAPTER_FILES[0]).exists():
         found = {}  # somebody else's adapter
-    return common.job_state(args.out, job, found, finished=state is None), state
+    return common.job_status(args.out, job, found, finished=True), None
 
 
 def save_state(args, state, parameters, optimizer, job):
@@ -477,6 +472,8 @@ def save_state(args, state, parameters, optimizer, job):
 
 def save_run(args, scorer, run):
     """Write the adapter in peft's format and, when it is whole, run.json."""
+    config = scorer.model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # of a set: the order, and so the file, would vary
     temporary = Path(args.out, "adapter.tmp")
     scorer.model.save_pretrained(temporary, save_embedding_layers=False)
     for name in ADAPTER_FILES:

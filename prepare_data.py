@@ -734,7 +734,7 @@ def begin(folder, job, overwrite):
     Raises UserError where another job made it, or somebody else.
     """
     found = found_job(folder)
-    if not overwrite and common.job_state(folder, job, found, finished=True) == "finished":
+    if not overwrite and common.job_status(folder, job, found, finished=True) == "finished":
         print(f"{folder} is already prepared with these arguments")
         return None
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps

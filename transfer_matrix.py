@@ -56,6 +56,8 @@ def arguments(argv):
     complete = args.model and args.sources and args.targets and args.out
     if not args.compare and (not complete or args.model in evaluate.BASELINES):
         parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
+    if ZERO in args.sources:
+        parser.error(f"{ZERO} is always the first row: leave it out of --sources")
     for word in [*args.finetune_args, *args.evaluate_args]:
         if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter"):
             parser.error(f"transfer_matrix.py sets {word} itself")
@@ -127,17 +129,15 @@ def find_missing(args):
     for source in [ZERO, *args.sources]:
         if source != ZERO:
             run_args = finetune.arguments(command(args, source, None)[1])
-            finetune.check_inputs(run_args)
-            state, _ = finetune.saved_state(run_args, finetune.job_of(run_args))
-            if state != "finished":
-                missing.append((source, None))
+            finetune.chain_of(run_args)  # raises where a dataset is missing
+            status, _ = finetune.status_of(run_args, finetune.job_of(run_args))
+            if status != "finished":  # so all of its row is missing
+                missing += [(source, target) for target in [None, *args.targets]]
+                continue
         for target in args.targets:
             cell_args = evaluate.arguments(command(args, source, target)[1])
             common.check_datasets([target], cell_args.data, cell_args.split)
-            state = "start"  # with the adapter that is still to be trained
-            if (source, None) not in missing:
-                state = evaluate.state_of(cell_args, target, evaluate.job_of(cell_args, target))
-            if state != "finished":
+            if evaluate.status_of(cell_args, target, evaluate.job_of(cell_args, target)) != "finished":
                 missing.append((source, target))
     return missing
 
@@ -173,8 +173,7 @@ def run_missing(args, missing):
 def analyse(args, failed):
     """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py."""
     names = {*args.targets, *"+".join(args.sources).split("+")}
-    metas = {name: common.read_meta(args.data, name) for name in sorted(names)}
-    domains = common.domains_of(metas)
+    domains = common.domains_of({name: common.read_meta(args.data, name) for name in sorted(names)})
     runs, train = {}, {ZERO: []}  # by source: run.json; what was trained on
     for source in args.sources:
         train[source] = source.split("+")
@@ -212,11 +211,10 @@ def read_cells(args, failed, train, domains):
     cells, draws = [], {}
     for source in train:
         for target in args.targets:
-            setting = common.setting_of(train[source], target, domains)
             cell = {
                 "source": source,
                 "target": target,
-                "setting": setting,
+                "setting": common.setting_of(train[source], target, domains),
                 "value": None,
                 "ci": None,
                 "gain": None,  # over zero-shot
@@ -224,27 +222,21 @@ def read_cells(args, failed, train, domains):
             cells.append(cell)
             if (source, target) in failed:
                 continue
-            result, cell_draws = read_result(args, source, target)
-            cell.update(result)
+            folder = Path(args.out, "cells", source)
+            result = common.read_json(evaluate.result_path(folder, target))
+            for key in ("n_users", "collapsed", "data_sha256", "split"):
+                cell[key] = result[key]
+            cell["history"] = result["arguments"]["history"]
+            cell["value"], cell["ci"] = result[args.metric], result["ci"][args.metric]
             if cell["value"] is None:
                 continue
-            draws[source, target] = cell_draws
+            scored, _ = evaluate.read_scores(evaluate.scores_path(folder, target))
+            seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
+            draws[source, target] = common.bootstrap(args.metric, scored, DRAWS, seed)
             if source != ZERO and (ZERO, target) in draws:
-                cell["gain"] = common.estimate(cell_draws - draws[ZERO, target])
+                cell["gain"] = common.estimate(draws[source, target] - draws[ZERO, target])
                 cell["mark"] = mark(cell["gain"])
     return cells, draws
-
-
-def read_result(args, source, target):
-    """(what a cell takes from evaluate.py's result, its draws)."""
-    cell_args = evaluate.arguments(command(args, source, target)[1])
-    result = common.read_json(evaluate.result_path(cell_args.out, target))
-    kept = {key: result[key] for key in ("n_users", "collapsed", "data_sha256", "split")}
-    kept["history"] = result["arguments"]["history"]
-    kept["value"], kept["ci"] = result[args.metric], result["ci"][args.metric]
-    scored, _ = evaluate.read_scores(evaluate.scores_path(cell_args.out, target))
-    seed = common.digest(args.seed, target)  # paired draws within a column, independent ones between columns
-    return kept, common.bootstrap(args.metric, scored, DRAWS, seed)
 
 
 def mark(gain):
@@ -261,21 +253,19 @@ def rank_averages(args, draws):
     for (source, target), cell_draws in draws.items():
         if source != ZERO and "+" not in source:
             single[source, target] = cell_draws
-    if not single:
-        return {}
-    defined = np.isfinite(list(single.values())).all(axis=0)  # a draw in which a cell is undefined has no ranks
-    tables = []
-    for i in np.flatnonzero(defined):
+    averages = {}  # {(source, K): its RRA@K in each draw}
+    for values in zip(*single.values()):  # one draw of every cell
+        if not np.isfinite(values).all():  # a draw in which a cell is undefined has no ranks
+            continue
         table = {}
-        for (source, target), cell_draws in single.items():
-            table.setdefault(source, {})[target] = cell_draws[i]
-        tables.append(table)
+        for (source, target), value in zip(single, values):
+            table.setdefault(source, {})[target] = value
+        for k in args.k:
+            for source, average in common.reciprocal_rank_average(table, k).items():
+                averages.setdefault((source, str(k)), []).append(average)
     result = {}
-    for k in args.k:
-        averages = [common.reciprocal_rank_average(table, k) for table in tables]
-        for source in averages[0]:
-            values = np.array([average[source] for average in averages], float)
-            result.setdefault(source, {})[str(k)] = common.estimate(values)
+    for (source, k), values in averages.items():
+        result.setdefault(source, {})[k] = common.estimate(np.array(values, float))
     return result
 
 
@@ -284,18 +274,16 @@ def joint_gain(cells, draws):
 
     It says what the data adds where the sources are made so: all sets, and all but the target.
     """
-    by_target = {}  # {target: {letter: [draws]}}
+    found = {}  # {(target, setting): draws of each of its cells}
     for cell in cells:
         source, target = cell["source"], cell["target"]
         if (source, target) in draws:
-            by_letter = by_target.setdefault(target, {})
-            by_letter.setdefault(cell["setting"], []).append(draws[source, target])
+            found.setdefault((target, cell["setting"]), []).append(draws[source, target])
     result = {}
-    for target, by_letter in by_target.items():
-        if "H" in by_letter and "G" in by_letter:
-            with_target = np.mean(by_letter["H"], axis=0)
-            without = np.mean(by_letter["G"], axis=0)
-            result[target] = common.estimate(with_target - without)
+    for _, target in draws:
+        if (target, "H") in found and (target, "G") in found:
+            gains = np.mean(found[target, "H"], axis=0) - np.mean(found[target, "G"], axis=0)
+            result[target] = common.estimate(gains)
     return result
 
 

@@ -192,6 +192,7 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
     assert "--metric" in error("--metric", "logloss")
     assert "unknown dataset 'news-c'" in error(sources=["news-a+news-c"])
     assert "unknown dataset ''" in error(sources=["news-a+"])
+    assert "zero-shot is always the first row" in error(sources=["zero-shot", "news-a"])
     assert "unknown dataset 'all'" in error(targets=["all"])
     shutil.copytree(data, tmp_path / "data")
     for split, name in (("test", "books-a"), ("valid", "news-b"), ("train", "shop")):
