@@ -209,18 +209,20 @@ def render_chat(tokenizer, text, word):
 def answer_token(tokenizer, context, word, chat=False):
     """The id of the token that stands for an answer word after the text `context`.
 
-    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Else the word's own entry in the vocabulary.
+    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Where the end of the context and the word become
+    one token: the word's own entry in the vocabulary.
     chat: the template has decided what stands before the word, so it is the first token that goes beyond the context.
     Raises UserError where there is no such token.
     """
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
     after = tokenizer(context + word, add_special_tokens=False)["input_ids"]
-    added = after[len(before):] if after[:len(before)] == before else []
-    vocabulary = tokenizer.get_vocab()
     token = None
-    if len(added) == 1 or (chat and added):
-        token = added[0]
+    if after[:len(before)] == before:
+        added = after[len(before):]
+        if len(added) == 1 or (chat and added):
+            token = added[0]
     elif not chat:
+        vocabulary = tokenizer.get_vocab()
         token = vocabulary.get(word, vocabulary.get(word.strip()))
     if token is None or token == tokenizer.unk_token_id:
         shown = tokenizer.convert_ids_to_tokens(after)[-5:]
@@ -470,12 +472,20 @@ FAMILIES = {  # a new family of models is added here
 YES, NO = 0, 1  # the LM head was cut to these two rows when the model was loaded: see cut_head
 
 
-def score_rows(scorer, rows):
-    """logit(yes) - logit(no) of every suffix of the rows, in order: a float64 tensor (suffixes,), with gradient."""
+def answer_logits(scorer, rows):
+    """The logits at the answer of every suffix of the rows, in order: float64 (suffixes, 2), with gradient.
+
+    Before the LM head is cut: (suffixes, vocabulary).
+    """
     inputs, answers = FAMILIES[scorer.family].inputs(scorer, rows)
     logits = scorer.model(**inputs).logits  # (rows, length, 2)
-    at_answer = logits[answers[:, 0], answers[:, 1]].double()  # (suffixes, 2)
-    return at_answer[:, YES] - at_answer[:, NO]
+    return logits[answers[:, 0], answers[:, 1]].double()
+
+
+def score_rows(scorer, rows):
+    """logit(yes) - logit(no) of every suffix of the rows, in order: a float64 tensor (suffixes,), with gradient."""
+    logits = answer_logits(scorer, rows)
+    return logits[:, YES] - logits[:, NO]
 
 
 def in_batches(scorer, rows, forward):
@@ -499,7 +509,7 @@ def score_prompts(scorer, users):
         dropped.append(cut)
         tokens_unpacked += sum(map(len, ids))
     rows = rows_of(scorer, per_user)
-    with torch.inference_mode():
+    with torch.no_grad():
         scores = in_batches(scorer, rows, score_rows).cpu().numpy()
     ends = np.cumsum(list(map(len, per_user)))
     tokens_scored = sum(map(row_length, rows))
@@ -557,7 +567,7 @@ def score_embeddings(scorer, users, known):
             if text not in known:
                 new[text] = None  # a dict, as a set in order
     ids += encode_items(scorer, list(new))
-    with torch.inference_mode():
+    with torch.no_grad():
         vectors = embed(scorer, ids).cpu().numpy()
     known.update(zip(new, vectors[len(users):].copy()))  # a view would keep the users' in memory
     scores = []
@@ -642,12 +652,6 @@ def load_pretrained(args, name):
     class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
     loader = getattr(transformers, class_name)
     model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **remote)
-    check_weights(name, args.type, info["missing_keys"])
-    check_tokenizer(name, tokenizer, model)
-    if args.type == "prompt" and family == "masked" and tokenizer.mask_token is None:
-        raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
-    if args.type == "prompt" and family == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
-        raise UserError(f"the configuration of {name} names no decoder_start_token_id, where the answer is read")
     model.config.use_cache = False
     model.to(device).eval()
     if "cuda" in device:
@@ -657,8 +661,10 @@ def load_pretrained(args, name):
         pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
-    return Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling,
-                  dense.to(device, torch.float64), limit, max_tokens, pad=tokenizer.pad_token_id or 0)
+    scorer = Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling,
+                    dense.to(device, torch.float64), limit, max_tokens, pad=tokenizer.pad_token_id or 0)
+    check_model(scorer, info["missing_keys"])
+    return scorer
 
 
 def family_of(config):
@@ -674,43 +680,46 @@ def family_of(config):
     return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
-def check_weights(name, score_type, missing):
-    """Raise UserError where the model's file lacks weights, which transformers then invents."""
+def check_model(scorer, missing):
+    """Raise UserError where a model that has been loaded cannot give scores.
+
+    missing: names of the weights that its file lacks, which transformers then invents.
+    """
+    name, tokenizer = scorer.name, scorer.tokenizer
     missing = [key for key in missing if "pooler" not in key]  # not used
-    if missing and score_type == "prompt":
+    if missing and scorer.type == "prompt":
         raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
     if missing:
         raise UserError(f"model {name} has incomplete weights ({min(missing)} is missing)")
-
-
-def check_tokenizer(name, tokenizer, model):
-    """Raise UserError where the tokenizer knows no words (its files are missing) or more tokens than the model."""
     tokens = tokenizer("yes item", add_special_tokens=False)["input_ids"]
     if not tokens or set(tokens) == {tokenizer.unk_token_id}:
         raise UserError(f"the tokenizer of {name} does not know the words 'yes' and 'item': are its files missing?")
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
         raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: "
                         "they do not belong together")
+    if scorer.type == "embed":
+        return
+    if scorer.family == "masked" and tokenizer.mask_token is None:
+        raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
+    if scorer.family == "seq2seq" and getattr(scorer.model.config, "decoder_start_token_id", None) is None:
+        raise UserError(f"the configuration of {name} names no decoder_start_token_id, where the answer is read")
 
 
 def max_positions(model, tokenizer):
     """The longest input in tokens that a model has positions for."""
     config = model.config.get_text_config()
-    positions = math.inf
+    limits = [tokenizer.model_max_length]
     for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        value = getattr(config, key, None) or -1
-        if value > 0:  # XLNet says -1 for no limit
-            positions = min(positions, value)
+        limits.append(getattr(config, key, None) or math.inf)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # beyond the original length, one long text changes all texts of its batch
-        positions = min(positions, config.original_max_position_embeddings)
-    for module_name, module in model.named_modules():  # RoBERTa's positions start after the padding id
-        padding = getattr(module, "padding_idx", None)
-        if module_name.endswith("position_embeddings") and padding is not None:
-            positions = module.num_embeddings - padding - 1
-    return min(positions, tokenizer.model_max_length)
+        limits.append(config.original_max_position_embeddings)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's start after the padding id
+    return min(limit for limit in limits if limit > 0)  # XLNet says -1 for no limit
 
 
 def sentence_modules(name, pooling, default):
@@ -724,20 +733,20 @@ def sentence_modules(name, pooling, default):
         raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
     dense = torch.nn.Sequential()
     for kind, module in zip(kinds, modules):  # a cosine needs no Normalize
-        path = module["path"]
         if kind == "Pooling" and pooling == "auto":
-            pooling = pooling_of(name, read_model_file(name, f"{path}/config.json"))
+            pooling = pooling_of(name, module["path"])
             say(f"{name}: pooling {pooling}, by its sentence-transformers files")
         if kind == "Dense":
-            dense.append(load_dense(name, path))
+            dense.append(load_dense(name, module["path"]))
     if pooling == "auto":
         pooling = default
         say(f"{name}: pooling {pooling}, for want of sentence-transformers files (or of the hub: then see --pooling)")
     return pooling, dense
 
 
-def pooling_of(name, settings):
-    """"cls", "mean" or "last", from 1_Pooling/config.json. Raises UserError for any other."""
+def pooling_of(name, path):
+    """"cls", "mean" or "last", as the folder `path` of the model says. Raises UserError for any other."""
+    settings = read_model_file(name, f"{path}/config.json")
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
     modes = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
     if len(modes) != 1 or modes[0] not in names:
@@ -747,15 +756,15 @@ def pooling_of(name, settings):
 
 
 def load_dense(name, path):
-    """A dense layer that follows pooling (sentence-T5), with its activation."""
+    """A dense layer that follows pooling (sentence-T5), with its activation; linear is its name in the weights file."""
     from transformers.modeling_utils import load_state_dict
     settings = read_model_file(name, f"{path}/config.json")
-    linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
     file = model_file(name, f"{path}/model.safetensors") or model_file(name, f"{path}/pytorch_model.bin")
-    weights = {key.removeprefix("linear."): value for key, value in load_state_dict(file).items()}
-    linear.load_state_dict(weights)
+    dense = torch.nn.Sequential()
+    dense.linear = torch.nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
+    dense.load_state_dict(load_state_dict(file))
     activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
-    return torch.nn.Sequential(linear, getattr(torch.nn, activation)()).requires_grad_(False)
+    return dense.append(getattr(torch.nn, activation)()).requires_grad_(False)
 
 
 def model_file(name, file):
@@ -797,17 +806,13 @@ def cut_head(scorer):
     The model's own forward then gives logits (..., 2), with its soft-capping, scaling and bias. bfloat16 logits would
     tie, and ties distort AUC. Raises UserError where the two logits differ from those of the whole head.
     """
-    model = scorer.model
     answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
     rows = rows_of(scorer, [[made_up_prompt(scorer, 8, 0)]])
-    inputs, position = FAMILIES[scorer.family].inputs(scorer, rows)
-    column = position[0, 1]
-    with torch.inference_mode():
-        expected = model(**inputs).logits[0, column, answers].double()
-    replace_head(model, answers)
-    with torch.inference_mode():
-        cut = model(**inputs).logits[0, column].double()
-    if cut.shape != expected.shape or (cut - expected).abs().max() > tolerance(model.dtype, expected):
+    with torch.no_grad():
+        expected = answer_logits(scorer, rows)[:, answers]
+        replace_head(scorer.model, answers)
+        cut = answer_logits(scorer, rows)
+    if cut.shape != expected.shape or (cut - expected).abs().max() > tolerance(scorer.model.dtype, expected):
         raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
 
 
@@ -841,7 +846,8 @@ def load_adapter(scorer, folder, trainable=False):
     """
     import peft
     try:
-        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable).eval()
+        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable,
+                                               torch_device=str(scorer.model.device)).eval()
         saved = set(peft.load_peft_weights(folder, device="cpu"))
         wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     except Exception as error:
@@ -887,7 +893,7 @@ def packing_fault(scorer):
     alone, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
     counted = torch.arange(alone["input_ids"].shape[1], device=scorer.model.device)[None]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             same = torch.equal(scorer.model(**alone).logits, scorer.model(**alone, position_ids=counted).logits)
         scores = scores_or_embeddings(packed, prompts)
         changed = scores_or_embeddings(packed, [other_first, *prompts[1:]])
@@ -948,7 +954,7 @@ def padding_changes(scorer):
 def scores_or_embeddings(scorer, ids):
     """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
     rows = rows_of(scorer, [ids])
-    with torch.inference_mode():
+    with torch.no_grad():
         return embed_rows(scorer, rows) if scorer.type == "embed" else score_rows(scorer, rows)
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -1041,8 +1047,8 @@ def user_metric(name, scores, labels):
     """One of METRIC_NAMES of one user; not "auc", which is over the samples of all users: see weighted_auc."""
     if not labels.any():
         return math.nan
-    name, _, k = name.partition("@")
-    metric = USER_METRICS[name]
+    kind, _, k = name.partition("@")
+    metric = USER_METRICS[kind]
     return metric(scores, labels, int(k)) if k else metric(scores, labels)
 
 
@@ -1107,11 +1113,11 @@ def bootstrap(name, users, draws=1000, seed=0):
     else:
         statistic, values = weighted_mean, metric_per_user(name, users)
     rng = np.random.default_rng(seed)
-    times = np.ones(len(users), int)  # at first each user counts once
-    result = []
-    for _ in range(1 + draws):
-        result.append(statistic(values, times))
-        times = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users))  # each user was drawn
+    n = len(users)
+    result = [statistic(values, np.ones(n, int))]  # each user once
+    for _ in range(draws):
+        drawn = rng.integers(n, size=n)
+        result.append(statistic(values, np.bincount(drawn, minlength=n)))  # each as often as drawn
     return np.array(result)
 
 
@@ -1138,8 +1144,8 @@ def weighted_auc(samples, times):
 def estimate(drawn):
     """{"value": float, "ci": [low, high] or None} of what bootstrap returns; None where the metric is undefined.
 
-    The 95% percentile interval leaves out draws without a value. Of the difference of two models' draws it is the
-    paired test: they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
+    The 95% percentile interval leaves out draws without a value. Of the difference of two models' draws it is paired:
+    they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
     """
     if math.isnan(drawn[0]):
         return None
@@ -1163,7 +1169,7 @@ def evaluate_users(users, draws=1000, seed=0):
 
 # ------------------------------------------------------------------------------------------------- files and flags
 
-# Of what follows, the method needs `digest` alone, the hash by which samples are chosen.
+# Of what follows, the method needs `digest`, the hash by which samples are chosen, and `read_users`.
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
@@ -1213,10 +1219,10 @@ def read_lines(path):
 def read_meta(data, name):
     """meta.json of a prepared dataset. Raises UserError with what to do."""
     path = Path(data, name, "meta.json")
-    if not path.exists() and name not in DOMAINS:
-        raise UserError(f"unknown dataset {name!r}; there are {', '.join(DOMAINS)}; one of your own is a folder "
-                        f"{Path(data, name)} with a meta.json")
     if not path.exists():
+        if name not in DOMAINS:
+            raise UserError(f"unknown dataset {name!r}; there are {', '.join(DOMAINS)}; one of your own is a folder "
+                            f"{Path(data, name)} with a meta.json")
         what = "demo" if name in DEMO else f"{name} --raw RAW"
         raise UserError(f"dataset {name} is not prepared ({path} is missing); "
                         f"run: python prepare_data.py {what} --out {data} (or is --data wrong?)")
@@ -1240,11 +1246,11 @@ def check_datasets(names, data, split):
 
 def prepared(data, split):
     """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
-    # a folder that starts with a dot is a dataset that is being written: see prepare_data.py
-    folders = [path.parent for path in Path(data).glob(f"[!.]*/{split}.jsonl")]
-    found = [folder.name for folder in folders if Path(folder, "meta.json").exists()]
-    names = [name for name in DOMAINS if name in found]
-    return names + sorted(set(found) - set(names))
+    found = set()
+    for path in Path(data).glob(f"[!.]*/{split}.jsonl"):  # with a dot: it is being written, see prepare_data.py
+        if path.with_name("meta.json").exists():
+            found.add(path.parent.name)
+    return [name for name in DOMAINS if name in found] + sorted(found - set(DOMAINS))
 
 
 def domains_of(metas):

@@ -207,7 +207,7 @@ def with_other_histories(name, users):
     others = []
     for user, other in zip(users, [*users[1:], users[0]]):
         history = [item for item in other["history"] if item not in user["candidates"]]
-        others.append({**user, "history": history})
+        others.append({**user, "history": history, "history_of": other["user"]})
     return others
 
 
@@ -238,6 +238,9 @@ def finish(args, name, users, items, scorer, job, cost):
         "type": args.type,
         "model": common.model_name(args.model),
         "adapter": args.adapter,
+        "commit": getattr(scorer.model.config, "_commit_hash", None) if scorer else None,  # of a model from the hub
+        "layout": scorer.layout if scorer else None,
+        "pooling": scorer.pooling if args.type == "embed" and scorer else None,
         "n_users": len(users),
         "n_samples": len(labels),
         "n_positives": int(labels.sum()),
@@ -296,14 +299,16 @@ def read_choices(args, name):
 
 
 def baseline_scores(args, name, users, chosen_by):
-    """Scores without a model, [float64 (candidates,) per user]; a user's own choices never count for that user.
+    """Scores without a model, [float64 (candidates,) per user].
+
+    The choices of a user, and of whom the history is taken from, never count for that user.
 
     random: uniform on [0, 1). popularity: by how many users the item was chosen. itemknn: sum over the history's items
     h of n(h, c) / sqrt(n(h) n(c)), n counting the users who chose the item, or both (Sarwar et al. 2001).
     """
     all_scores = []
     for user in users:
-        scores, own = [], {user["user"]}
+        scores, own = [], {user["user"], user.get("history_of")}
         for candidate in user["candidates"]:
             fans = chosen_by[candidate] - own
             score = 0.0

@@ -465,7 +465,6 @@ def save_state(args, state, parameters, optimizer, job):
     except RuntimeError as error:  # torch's word for a full disk
         raise UserError(f"{path} cannot be written: {error}") from None
     os.replace(f"{path}.tmp", path)
-    Path(args.out, "run.json").unlink(missing_ok=True)  # of an earlier run: only now is there something in its place
     lines = [json.dumps(line) + "\n" for line in state["log"]]
     common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
 
@@ -476,6 +475,7 @@ def save_run(args, scorer, run):
     config.target_modules = sorted(config.target_modules)  # of a set: the order, and so the file, would vary
     temporary = Path(args.out, "adapter.tmp")
     scorer.model.save_pretrained(temporary, save_embedding_layers=False)
+    Path(args.out, "run.json").unlink(missing_ok=True)  # of the run that is replaced: only now is there another
     for name in ADAPTER_FILES:
         os.replace(temporary / name, Path(args.out, name))
     shutil.rmtree(temporary)

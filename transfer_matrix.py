@@ -313,7 +313,7 @@ def mean_embedding(args, scorer, name):
     items = common.read_items(args.data, name)
     chosen = sorted(items, key=common.digest)[:500]
     texts = [items[item][:common.TEXT_LIMIT] for item in chosen]
-    with torch.inference_mode():
+    with torch.no_grad():
         vectors = common.embed(scorer, common.encode_items(scorer, texts)).cpu().numpy()
     mean = vectors.mean(axis=0)
     return mean / np.linalg.norm(mean)
@@ -392,6 +392,10 @@ def notes(matrix):
             lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")
         if not run["beats_base"]:
             lines.append(f"Training on {source} never beat its start on validation users.")
+        for target in matrix["targets"]:
+            if target in run["valid_chain"] and target not in run["train_chain"]:
+                lines.append(f"Training on {source}: validation labels of {target} chose the checkpoint (--valid), so "
+                             f"{target} is not unseen.")
     for source, target in matrix["failed"]:
         lines.append(f"Failed: {source} on {target}." if target else f"Failed: training on {source}.")
     return lines

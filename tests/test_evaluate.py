@@ -122,6 +122,7 @@ def test_results_hold_scores_metrics_cost_and_arguments(data, tmp_path, folders,
                 "data_sha256", "seed", "arguments", "versions"):
         assert key in result
     assert "setting" not in result  # it is worked out where a table is printed
+    assert (result["layout"], result["pooling"], result["commit"]) == ("packed", None, None)
     assert result["truncated"] == {"texts": 0, "histories": 0}
     assert result["tokens_scored"] < result["tokens_unpacked"]
 
@@ -410,6 +411,17 @@ def test_popularity_and_itemknn_by_hand(tmp_path, case):
         want = [plain_itemknn(baskets, user["history"], item) for item in user["candidates"]]
         assert found["itemknn"][i] == pytest.approx(want)
     assert np.std(np.concatenate(found["itemknn"])) > 0.1
+
+
+def test_itemknn_does_not_meet_the_user_whose_history_is_shown(tmp_path):
+    """With --history other and no training split: that user's candidates would stand beside that history."""
+    users = write_dataset(tmp_path / "data", "mind", 10, train=False)
+    command = ["--model", "itemknn", "--test", "mind", "--history", "other", "--out", tmp_path / "out"]
+    assert run(tmp_path / "data", *command) == 0
+    for user, other, scores in zip(users, [*users[1:], users[0]], scores_in(tmp_path / "out")):
+        baskets = [set(one["history"]) for one in users if one["user"] not in (user["user"], other["user"])]
+        history = [item for item in other["history"] if item not in user["candidates"]]
+        assert scores == pytest.approx([plain_itemknn(baskets, history, item) for item in user["candidates"]])
 
 
 def test_random_depends_on_seed_dataset_user_and_item_and_is_uniform(data, tmp_path):

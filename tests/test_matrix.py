@@ -295,12 +295,13 @@ def test_settings_values_gains_and_marks(data, tmp_path, monkeypatch):
 def test_a_chain_of_trainings_and_its_warnings(data, tmp_path, monkeypatch):
     fakes = Fakes(monkeypatch)
     fakes.run_facts = {"train_chain": ["mine", "news-a"], "domains": {"mine": "sport", "news-a": "news"},
-                       "unstable": True, "beats_base": False}
+                       "unstable": True, "beats_base": False, "valid_chain": ["news-a", "news-b"]}
     assert run_matrix(data, tmp_path, sources=["news-a"]) == 0
     cells = read_matrix(tmp_path)[1]["news-a"]
     assert [cells[target]["setting"] for target in TARGETS] == ["H", "G", "G", "G"]
     text = (tmp_path / "matrix.md").read_text()
     assert "news-a was unstable" in text and "news-a never beat its start" in text
+    assert "validation labels of news-b chose the checkpoint" in text and text.count("chose the checkpoint") == 1
 
 
 def test_gains_are_paired_over_users(data, tmp_path, monkeypatch):

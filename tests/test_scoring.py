@@ -490,6 +490,10 @@ def test_answer_tokens():
         assert tokenizer.convert_ids_to_tokens(common.answer_token(tokenizer, context, word)) == token
     with pytest.raises(common.UserError, match="'Perhaps' is not a single token here: .*'p', 's'"):
         common.answer_token(byte_level, "Answer:", "Perhaps")
+    vocabulary = {**byte_level.get_vocab(), "Perhaps": 5}  # an entry that never comes next: the word is written in letters
+    byte_level.get_vocab = lambda: vocabulary
+    with pytest.raises(common.UserError, match="'Perhaps' is not a single token here"):
+        common.answer_token(byte_level, "Answer:", "Perhaps")
 
 
 @pytest.mark.parametrize("answers, says", [
