@@ -737,6 +737,8 @@ def test_where_peft_names_no_targets_all_linear_layers_are_adapted(data, models,
     assert run(data, models[family], tmp_path, *SHORT) == 0
     assert capsys.readouterr().err.count("adapting all-linear") == 1
     assert {"o_proj", "down_proj", "gate_up_proj"} <= adapted(tmp_path) and "lm_head" not in adapted(tmp_path)
+    targets = read_json(tmp_path / "adapter_config.json")["target_modules"]  # a set: its order would differ by process
+    assert targets == sorted(targets) and len(targets) >= 4
 
 
 def build_small(folder, name, **changes):
