@@ -63,7 +63,6 @@ def described(names, values):
     return ", ".join(f"{name}: {value}" for name, value in zip(names, values) if value)
 
 
-@functools.lru_cache(1 << 12)
 def label_of(stars):
     """1 for more than three of five stars, 0 for less, NEUTRAL for three."""
     stars = float(stars)
@@ -71,16 +70,32 @@ def label_of(stars):
         raise ValueError(f"{stars} stars")
     if stars == 3:
         return NEUTRAL
-    return 1 if stars > 3 else 0
+    return int(stars > 3)
+
+
+def seconds_of(moment):
+    """Seconds since 1970 of a datetime; without a zone: UTC."""
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return int(moment.timestamp())
 
 
 @functools.lru_cache(1 << 16)
 def iso_time(text):
-    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; without a zone: UTC."""
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return int(moment.timestamp())
+    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"."""
+    return seconds_of(datetime.fromisoformat(text))
+
+
+def us_time(text):
+    """Seconds since 1970 of "11/15/2019 1:22:32 PM"."""
+    return seconds_of(datetime.strptime(text, "%m/%d/%Y %I:%M:%S %p"))
+
+
+def goodreads_time(text):
+    """Seconds since 1970 of "Fri Aug 25 13:55:02 -0700 2017"."""
+    _, month, day, clock, zone, year = text.split()  # strptime takes three times as long, and there are 228 million
+    month = 1 + "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split().index(month)
+    return iso_time(f"{year}-{month:02}-{day}T{clock}{zone[:3]}:{zone[3:]}")
 
 
 def time_of(text):
@@ -90,24 +105,12 @@ def time_of(text):
     return iso_time(text)
 
 
-def us_time(text):
-    """Seconds since 1970 of "11/15/2019 1:22:32 PM"."""
-    return int(datetime.strptime(text + " +0000", "%m/%d/%Y %I:%M:%S %p %z").timestamp())
-
-
-def goodreads_time(text):
-    """Seconds since 1970 of "Fri Aug 25 13:55:02 -0700 2017"."""
-    _, month, day, clock, zone, year = text.split()
-    month = 1 + "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split().index(month)
-    return iso_time(f"{year}-{month:02}-{day}T{clock}{zone[:3]}:{zone[3:]}")
-
-
 # ------------------------------------------------------------------------------------------------------ the raw formats
 
 # A function per format turns a row into (item, text) or into (user, [(item, time, label)], past), where the past is an
 # impression's own history, (time, item ids in one string), else None. The time is None where the order of the file is
-# all there is. Of csv and json a row is the fields that SOURCES names, as text; else it is the line. ValueError: the
-# row is malformed.
+# all there is. A row of tsv, csv or json is its fields as text, of csv and json those that SOURCES names; else it is
+# the line. ValueError: the row is malformed.
 
 
 def id_and_text(fields):
@@ -125,15 +128,15 @@ def visit(fields):
     return user, [(item, time_of(time), 1)], None
 
 
-def mind_item(line):
+def mind_item(fields):
     """news.tsv: id, category, subcategory, title, abstract, address, two columns of entities."""
-    item, _, _, title, _, _, _, _ = line.split("\t")
+    item, _, _, title, _, _, _, _ = fields
     return item, clean(title)
 
 
-def mind_impression(line):
+def mind_impression(fields):
     """behaviors.tsv: impression, user, time, history, what was shown ("N1-1 N2-0": 1 clicked, 0 not)."""
-    _, user, time, history, shown = line.split("\t")
+    _, user, time, history, shown = fields
     events = []
     for entry in shown.split():
         item, clicked = entry.rsplit("-", 1)
@@ -141,17 +144,17 @@ def mind_impression(line):
     return user, events, (us_time(time), history)
 
 
-def pens_item(line):
+def pens_item(fields):
     """news.tsv: id, category, topic, headline, body, two columns of entities."""
-    item, _, _, title, _, _, _ = line.split("\t")
+    item, _, _, title, _, _, _ = fields
     if re.fullmatch(r'"([^"]|"")*"', title):  # quoted, as csv writers do
         title = title[1:-1].replace('""', '"')
     return item, clean(title)
 
 
-def pens_impression(line):
+def pens_impression(fields):
     """train.tsv: user, history, dwell time, exposure, clicked news, other news shown, start, end, dwell time."""
-    user, history, _, _, clicked, skipped, start, _, _ = line.split("\t")
+    user, history, _, _, clicked, skipped, start, _, _ = fields
     events = [(item, 0, 1) for item in clicked.split()]
     events += [(item, 0, 0) for item in skipped.split()]
     return user, events, (us_time(start), history)
@@ -206,14 +209,14 @@ def netflix_rating(line):
     return rating((user, str(int(movie)), date, stars))
 
 
-def lastfm_item(line):
+def lastfm_item(fields):
     """User, time, artist's id, artist, track's id, track."""
-    _, _, _, artist, track, title = line.split("\t")
+    _, _, _, artist, track, title = fields
     return track, described(("track_name", "artist_name"), (clean(title), clean(artist)))
 
 
-def lastfm_visit(line):
-    user, time, _, _, track, _ = line.split("\t")
+def lastfm_visit(fields):
+    user, time, _, _, track, _ = fields
     return visit((user, track, time))
 
 
@@ -261,10 +264,10 @@ def hotelrec_item(fields):
 
 class Table(NamedTuple):
     """One kind of raw file."""
-    files: list  # names, all of which are read
-    form: str  # text (a line is a row), csv, json (an object per line), netflix
+    files: str  # names, with a space between; all are read
+    form: str  # tsv, csv, json (an object per line), netflix (see netflix_rows) or text (the line as it stands)
     parse: object  # one of the functions above
-    columns: tuple = ()  # json: keys; csv: names in the header, none where the file may lack one
+    columns: str = ""  # of csv and json, with a space between; none where a csv file may lack its header
     encoding: str = "utf-8"
 
 
@@ -277,53 +280,52 @@ class Source(NamedTuple):
 
 def amazon(category):
     return Source("https://nijianmo.github.io/amazon/",
-        [Table([f"meta_{category}.json"], "json", amazon_item, ("asin", "title"))],
-        Table([f"{category}.json"], "json", rating, ("reviewerID", "asin", "unixReviewTime", "overall")))
+        [Table(f"meta_{category}.json", "json", amazon_item, "asin title")],
+        Table(f"{category}.json", "json", rating, "reviewerID asin unixReviewTime overall"))
 
 
 LASTFM = "userid-timestamp-artid-artname-traid-traname.tsv"
 SOURCES = {
     "mind": Source("https://msnews.github.io/",
-        [Table(["news.tsv"], "text", mind_item)],
-        Table(["behaviors.tsv"], "text", mind_impression)),
+        [Table("news.tsv", "tsv", mind_item)],
+        Table("behaviors.tsv", "tsv", mind_impression)),
     "pens": Source("https://msnews.github.io/pens.html",
-        [Table(["news.tsv"], "text", pens_item)],
-        Table(["train.tsv", "valid.tsv"], "text", pens_impression)),
+        [Table("news.tsv", "tsv", pens_item)],
+        Table("train.tsv valid.tsv", "tsv", pens_impression)),
     "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
-        [Table(["goodreads_book_works.json"], "json", id_and_text, ("best_book_id", "original_title"))],
-        Table(["goodreads_interactions_dedup.json"], "json", goodreads_read,
-              ("user_id", "book_id", "date_added", "is_read"))),
+        [Table("goodreads_book_works.json", "json", id_and_text, "best_book_id original_title")],
+        Table("goodreads_interactions_dedup.json", "json", goodreads_read, "user_id book_id date_added is_read")),
     "books": amazon("Books"),
     "movielens": Source("https://grouplens.org/datasets/movielens/",
-        [Table(["movies.csv"], "csv", id_and_text, ("movieId", "title"))],
-        Table(["ratings.csv"], "csv", rating, ("userId", "movieId", "timestamp", "rating"))),
+        [Table("movies.csv", "csv", id_and_text, "movieId title")],
+        Table("ratings.csv", "csv", rating, "userId movieId timestamp rating")),
     "microlens": Source("https://github.com/westlake-repl/MicroLens",
-        [Table(["MicroLens-50k_titles.csv"], "csv", id_and_text, ("item", "title"))],
-        Table(["MicroLens-50k_pairs.csv"], "csv", visit, ("user", "item", "timestamp"))),
+        [Table("MicroLens-50k_titles.csv", "csv", id_and_text, "item title")],
+        Table("MicroLens-50k_pairs.csv", "csv", visit, "user item timestamp")),
     "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
-        [Table(["movie_titles.csv"], "text", netflix_item, encoding="latin-1")],
-        Table([f"combined_data_{part}.txt" for part in (1, 2, 3, 4)], "netflix", netflix_rating)),
+        [Table("movie_titles.csv", "text", netflix_item, encoding="latin-1")],
+        Table("combined_data_1.txt combined_data_2.txt combined_data_3.txt combined_data_4.txt", "netflix",
+              netflix_rating)),
     "cds": amazon("CDs_and_Vinyl"),
     "lastfm": Source("http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
-        [Table([LASTFM], "text", lastfm_item)],
-        Table([LASTFM], "text", lastfm_visit)),
+        [Table(LASTFM, "tsv", lastfm_item)],
+        Table(LASTFM, "tsv", lastfm_visit)),
     "hm": Source("https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations",
-        [Table(["articles.csv"], "csv", id_and_text, ("article_id", "detail_desc"))],
-        Table(["transactions_train.csv"], "csv", visit, ("customer_id", "article_id", "t_dat"))),
+        [Table("articles.csv", "csv", id_and_text, "article_id detail_desc")],
+        Table("transactions_train.csv", "csv", visit, "customer_id article_id t_dat")),
     "pog": Source("https://github.com/wenyuer/POG",
-        [Table(["pog_translated_titles.csv"], "csv", pog_item),
-         Table(["item_data.txt"], "text", pog_chinese_item)],
-        Table(["user_data.txt"], "text", pog_sequence)),
+        [Table("pog_translated_titles.csv", "csv", pog_item), Table("item_data.txt", "text", pog_chinese_item)],
+        Table("user_data.txt", "text", pog_sequence)),
     "electronics": amazon("Electronics"),
     "steam": Source("https://github.com/YangLiangwei/SCGRec",
-        [Table(["App_ID_Info.txt"], "csv", steam_item)],
-        Table(["train_game.txt"], "text", steam_sequence)),
+        [Table("App_ID_Info.txt", "csv", steam_item)],
+        Table("train_game.txt", "text", steam_sequence)),
     "hotelrec": Source("https://github.com/Diego999/HotelRec",
-        [Table(["HotelRec.txt"], "json", hotelrec_item, ("hotel_url",))],
-        Table(["HotelRec.txt"], "json", rating, ("author", "hotel_url", "date", "rating"))),
+        [Table("HotelRec.txt", "json", hotelrec_item, "hotel_url")],
+        Table("HotelRec.txt", "json", rating, "author hotel_url date rating")),
     "yelp": Source("https://business.yelp.com/data/resources/open-dataset/",
-        [Table(["yelp_academic_dataset_business.json"], "json", id_and_text, ("business_id", "name"))],
-        Table(["yelp_academic_dataset_review.json"], "json", rating, ("user_id", "business_id", "date", "stars"))),
+        [Table("yelp_academic_dataset_business.json", "json", id_and_text, "business_id name")],
+        Table("yelp_academic_dataset_review.json", "json", rating, "user_id business_id date stars")),
 }
 
 # -------------------------------------------------------------------------------------------------------- reading files
@@ -338,30 +340,30 @@ def find_file(folder, file):
 
 
 def find_raw(name, raw):
-    """The folder that holds a dataset's raw files, raw/name or one below it, and the table of its items.
+    """{name: path} of a dataset's raw files, in raw/name or one folder below it.
 
     Of several folders the one for training counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
     left, or where there is none.
     """
     source = SOURCES[name]
     root = Path(raw, name)
-    for items in source.items:
-        files = items.files + source.events.files
-        found = []
-        for folder in (root, *sorted(root.rglob("*"))):
-            if all(find_file(folder, file) for file in files):
-                found.append(folder)
-        found = [folder for folder in found if "train" in folder.name] or found
-        if len(found) > 1:
-            raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
-        if found:
-            return found[0], items
-        if any(root.rglob(f"{items.files[0]}*")):  # apart from the events: the next choice would be another text
-            break
-    there = sorted(path.name for path in root.glob("*"))
-    either = " or ".join(", ".join(items.files) for items in source.items)
-    raise UserError(f"{root}, or one folder below it, has to hold {either}, {', '.join(source.events.files)}, "
-                    f"unpacked or as .gz; get them from {source.home}; there are {', '.join(there[:9]) or 'no files'}")
+    items = source.items[0]
+    if not any(root.rglob(f"{items.files}*")):
+        items = source.items[-1]
+    files = [*items.files.split(), *source.events.files.split()]
+    found = []
+    for folder in (root, *sorted(root.rglob("*"))):
+        if all(find_file(folder, file) for file in files):
+            found.append(folder)
+    found = [folder for folder in found if "train" in folder.name] or found
+    if len(found) > 1:
+        raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
+    if not found:
+        items_files = " or ".join(table.files for table in source.items)
+        there = ", ".join(sorted(path.name for path in root.glob("*"))[:9])
+        raise UserError(f"{root}, or one folder below it, has to hold {items_files}, {source.events.files}, "
+                        f"unpacked or as .gz; get them from {source.home}; there are {there or 'no files'}")
+    return {file: find_file(found[0], file) for file in files}
 
 
 def raw_lines(path, encoding):
@@ -413,28 +415,35 @@ def is_header(path, table, row):
     """
     if table.form == "json":
         return False
-    for name in table.columns:
+    if not table.columns:
+        return not re.search(r"\d", "".join(row))
+    for name in table.columns.split():
         if name not in row:
             raise UserError(f"{path} has no column {name!r}; its first line is {','.join(row)[:80]!r}")
-    return bool(table.columns) or not re.search(r"\d", "".join(row))
+    return True
 
 
-def fields_of(table, row, first):
-    """What table.parse takes of a row. first: the first row of the file. Raises ValueError on a malformed row."""
+def fields_of(table, names, row, first):
+    """What table.parse takes of a row. names: table.columns, split; first: the first row of the file.
+
+    Raises ValueError on a malformed row.
+    """
     if table.form == "json":
         values = json.loads(row)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        return [text_of(values.get(name)) for name in table.columns]
-    if table.form != "csv":
-        return row.rstrip("\r\n")
-    if len(row) != len(first):
-        raise ValueError(f"{len(row)} fields, not {len(first)}")
-    if not table.columns:
-        return row
-    if row == first:
-        raise ValueError("a second header row")
-    return [row[first.index(name)] for name in table.columns]
+        return [text_of(values.get(name)) for name in names]
+    if table.form == "csv":
+        if len(row) != len(first):
+            raise ValueError(f"{len(row)} fields, not {len(first)}")
+        if not names:
+            return row
+        if row == first:
+            raise ValueError("a second header row")
+        values = dict(zip(first, row))
+        return [values[name] for name in names]
+    line = row.rstrip("\r\n")
+    return line.split("\t") if table.form == "tsv" else line
 
 
 def read_rows(path, table, counts):
@@ -443,12 +452,13 @@ def read_rows(path, table, counts):
     counts[file name] becomes {"rows", "malformed", "first_malformed": its line, beginning and reason}. Raises UserError
     where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
     """
-    count = counts[path.name] = {"rows": 0, "malformed": 0, "first_malformed": None}
     lines = raw_lines(path, table.encoding)
     if table.form == "netflix":
         lines = netflix_rows(lines)
     rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
+    names = table.columns.split()
     first = None
+    count, malformed, first_malformed = 0, 0, None
     for line, row in rows:
         text = row if isinstance(row, str) else ",".join(row)
         if not text.strip():
@@ -457,36 +467,30 @@ def read_rows(path, table, counts):
             first = row
             if is_header(path, table, row):
                 continue
-        count["rows"] += 1
+        count += 1
         try:
             if not text.isascii():
                 text.encode("utf-8", "surrogateescape").decode("utf-8")  # raises ValueError where it was not UTF-8
-            parsed = table.parse(fields_of(table, row, first))
+            parsed = table.parse(fields_of(table, names, row, first))
         except (ValueError, RecursionError) as error:
-            count["malformed"] += 1
-            if count["malformed"] == 1:
-                count["first_malformed"] = f"line {line}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
+            malformed += 1
+            first_malformed = first_malformed or f"line {line}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
             continue
         yield parsed
-    check_malformed(path, count)
-
-
-def check_malformed(path, count):
-    """Say that rows were left out. Raises UserError where these are over 1%, or where there are no rows."""
-    if not count["rows"]:
+    counts[path.name] = {"rows": count, "malformed": malformed, "first_malformed": first_malformed}
+    if not count:
         raise UserError(f"{path} is empty: it holds no rows")
-    if count["malformed"]:
-        message = (f"{path}: {count['malformed']} of {count['rows']} rows are malformed; the first, on "
-                   f"{count['first_malformed']}")
-        if count["malformed"] > count["rows"] / 100:
-            raise UserError(f"{message}. Is it the file that --list names?")
+    message = f"{path}: {malformed} of {count} rows are malformed; the first, on {first_malformed}"
+    if malformed > count / 100:
+        raise UserError(f"{message}. Is it the file that --list names?")
+    if malformed:
         common.say(message)
 
 
-def read_table(folder, table, counts):
-    """Yield the rows of all files of a table."""
-    for file in table.files:
-        yield from read_rows(find_file(folder, file), table, counts)
+def read_table(paths, table, counts):
+    """Yield the rows of all files of a table; paths: {name: path}."""
+    for file in table.files.split():
+        yield from read_rows(paths[file], table, counts)
 
 
 def read_texts(rows, dropped):
@@ -508,23 +512,23 @@ def read_texts(rows, dropped):
 def sample_users(rows, numbers, job, dropped):
     """All events of a uniform sample of users, in bounded memory, whatever the order of the rows.
 
-    The users are those whose hash is below a share of 2**64. Whenever more than max_rows events are kept, the share is
-    halved and the users above it are forgotten.
+    The users are those whose hash is below a limit. Whenever more than max_rows events are kept, the limit is halved
+    and the users above it are forgotten.
 
     rows: (user, [(item, time, label)], past); numbers: {item: its number}; dropped counts what is unusable. Returns
-    events, pasts and share, as below, and an item that is not in numbers, or None.
+    events and pasts, as below, the share of all users that is below the limit, and an item not in numbers, or None.
     """
     key = job["seed"], job["dataset"]
     events = {}  # user -> array: item's number, time, label of one event, then of the next
     pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
-    share = 1.0  # of all users
+    limit = 2**64  # no hash is larger
     size = 0  # events that are kept
     unknown = None
     for user, new, past in rows:
         if not user:
             dropped["events without user"] += len(new)
             continue
-        if user not in events and common.digest(*key, user) < share * 2**64:
+        if user not in events and common.digest(*key, user) < limit:
             events[user] = array("q")
         kept = events.get(user)  # None: the user is not in the sample
         for item, time, label in new:
@@ -537,12 +541,12 @@ def sample_users(rows, numbers, job, dropped):
         if past and kept is not None:
             pasts[user] = min(past, pasts.get(user, past))
         while size + 4 * len(events) > job["max_rows"]:  # a user takes the memory of 4 events
-            share /= 2
+            limit //= 2
             for other in list(events):
-                if common.digest(*key, other) >= share * 2**64:
+                if common.digest(*key, other) >= limit:
                     size -= len(events.pop(other)) // 3
                     pasts.pop(other, None)
-    return events, pasts, share, unknown
+    return events, pasts, limit / 2**64, unknown
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -560,8 +564,7 @@ def latest_events(values, items, dropped):
     values: item's number, time, label of one event, then of the next.
     """
     latest = {}
-    for start in range(0, len(values), 3):
-        number, time, label = values[start:start + 3]
+    for number, time, label in zip(values[::3], values[1::3], values[2::3]):
         item = items[number]
         latest[item] = max((time, label), latest.get(item, (time, label)))
     dropped["repeated events"] += len(values) // 3 - len(latest)
@@ -587,23 +590,26 @@ def user_line(user, latest, past, items, job, dropped):
     latest: {item id: (time, label)}; past: item ids of an impression's history, else []; items: all item ids.
     """
     key = job["seed"], job["dataset"], user
-    with_label = {0: [], 1: [], NEUTRAL: []}
+    positives, negatives = [], []
     for item in by_hash(latest, key):
         _, label = latest[item]
         if item in past:
             dropped["candidates that stand in the history"] += 1
+        elif label == NEUTRAL:
+            dropped["neutral ratings"] += 1
+        elif label == 1:
+            positives.append(item)
         else:
-            with_label[label].append(item)
-    dropped["neutral ratings"] += len(with_label[NEUTRAL])
-    positives, negatives = with_label[1], with_label[0][:job["negatives"]]
+            negatives.append(item)
     if job["kind"] == "impressions":
         history = list(dict.fromkeys(reversed(past)))[::-1]  # each item once, at its last place
         positives = positives[:job["positives"]]
     else:
-        liked = sorted(positives, key=latest.get)  # by time; ties stay in the order of hashes
-        history, positives = liked[:-job["positives"]], liked[-job["positives"]:]
+        positives.sort(key=latest.get)  # by time; ties stay in the order of hashes
+        history, positives = positives[:-job["positives"]], positives[-job["positives"]:]
     if job["kind"] == "sequences" or job["next_item"]:
         negatives = draw_negatives({*latest, *history}, items, job["negatives"], key)
+    negatives = negatives[:job["negatives"]]
     for part, found in (("history", history), ("positives", positives), ("negatives", negatives)):
         if not found:
             dropped[f"users without {part}"] += 1
@@ -616,140 +622,71 @@ def user_line(user, latest, past, items, job, dropped):
 # ----------------------------------------------------------------------------------------------- splits and their files
 
 
-def prepare(name, args):
-    """Raw files of a dataset -> its folder in the standard format. Raises UserError."""
+def plan(name, args):
+    """The job of a dataset, what its files are made of, and the paths to read, {name: path}. Raises UserError."""
+    job = {"dataset": name, "seed": args.seed}
+    if name not in SOURCES:  # of the demo
+        return {**job, "users": DEMO_USERS}, {}
+    job["max_history"] = args.max_history
+    if args.from_recbench:
+        paths = find_recbench(args.from_recbench / name)
+        return {**job, "from_recbench": True, "raw": raw_files(paths)}, paths
     row = common.DATASETS[name]
-    raw, items = find_raw(name, args.raw)
-    events = SOURCES[name].events
-    job = {"dataset": name, "kind": row.kind, "seed": args.seed, "max_history": args.max_history,
-           "positives": args.positives or row.positives, "negatives": args.negatives or row.negatives,
-           "next_item": bool(args.positives or args.negatives), "max_rows": args.max_rows,
-           "test_size": args.test_size, "train_size": args.train_size}
+    paths = find_raw(name, args.raw)
+    job.update(kind=row.kind, positives=args.positives or row.positives, negatives=args.negatives or row.negatives,
+               next_item=bool(args.positives or args.negatives), max_rows=args.max_rows,
+               test_size=args.test_size, train_size=args.train_size)
     if args.test_size is None:
         job["test_size"] = 20_000 if row.test else 0
     if args.train_size is None:
         job["train_size"] = 100_000 if row.finetune else 0
     if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    job["raw"] = raw_files([find_file(raw, file) for file in items.files + events.files])
-    folder = Path(args.out, name)
-    new = begin(folder, job, args.overwrite)  # before the reading: so a folder that cannot be written is reported first
-    if new is not None:
-        texts, splits, report = read_dataset(raw, items, events, job)
-        put_in_place(new, folder, {**write_dataset(new, texts, splits, job), **report})
+    return {**job, "raw": raw_files(paths)}, paths
 
 
-def read_dataset(raw, items, events, job):
-    """Texts {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
+def is_prepared(folder, job, overwrite):
+    """Whether the same job has made `folder` already.
 
-    raw: the folder of the files of two Tables, items and events. Raises UserError where there is no sample.
-    """
-    name = job["dataset"]
-    counts = {"items": {}, "events": {}}
-    dropped = Counter()
-    texts = read_texts(read_table(raw, items, counts["items"]), dropped)
-    numbers = {item: number for number, item in enumerate(texts)}
-    rows = read_table(raw, events, counts["events"])
-    sample, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
-    users = lines_of(sample, pasts, texts, job, dropped)
-    test = take(users, job["test_size"])
-    finetune = take(users, job["train_size"])  # train and valid together
-    if not test and not finetune:
-        examples = f"; an item of the events is {unknown!r}, of the items {list(texts)[:1]}" if unknown else ""
-        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
-    short = {}
-    for size, found in (("test_size", count_samples(test)), ("train_size", count_samples(finetune))):
-        if found < job[size]:
-            short[size] = found
-            more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
-            common.say(f"WARNING: {name}: --{size.replace('_', '-')} asks for {job[size]} samples, "
-                       f"{found} were found{more}")
-    valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
-    splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": test}
-    return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
-
-
-def lines_of(events, pasts, texts, job, dropped):
-    """Yield the lines of the users of a sample that have one, lowest hash first."""
-    items = list(texts)
-    for user in by_hash(events, (job["seed"], job["dataset"])):
-        latest = latest_events(events[user], items, dropped)
-        _, ids = pasts.get(user, (0, ""))
-        past = [item for item in ids.split() if item in texts]
-        dropped["items of histories without text"] += len(ids.split()) - len(past)
-        line = user_line(user, latest, past, items, job, dropped)
-        if line:
-            yield line
-
-
-def take(users, size):
-    """The next users of an iterator, until their samples are at least size or there are no more."""
-    taken = []
-    while size > 0:
-        user = next(users, None)
-        if user is None:
-            break
-        taken.append(user)
-        size -= len(user["labels"])
-    return taken
-
-
-def count_samples(users):
-    """Candidates of all users."""
-    return sum(len(user["labels"]) for user in users)
-
-
-def raw_files(paths):
-    """{name: {"size", "sha256"}} of raw files: no edit goes unseen."""
-    raw = {}
-    for path in tqdm(sorted(set(paths)), desc="sha256 of the raw files", unit=" files"):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
-    return raw
-
-
-# A dataset is written into a new folder beside its own, which takes its place at the end: a run that is stopped half
-# way loses nothing.
-
-
-def found_job(folder):
-    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
-
-    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
+    Raises UserError where another job made it, or where it holds anything that this script has not written: it would be
+    deleted.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if not names:
+        return False
     meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
     own = meta.get("files", []) if isinstance(meta, dict) else []
     for name in names:
         if name not in own:
             raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
-    return meta.get("job", {}) if names else None
+    return not overwrite and common.job_status(folder, job, meta.get("job", {}), finished=True) == "finished"
 
 
-def begin(folder, job, overwrite):
-    """A new folder to write into; None, and a line, where the same job has made `folder` already.
+def prepare(folder, job, paths):
+    """Do a job: its files are written into a new folder, which takes the place of `folder` at the end.
 
-    Raises UserError where another job made it, or somebody else.
+    So a run that is stopped half way loses nothing. Raises UserError.
     """
-    found = found_job(folder)
-    if not overwrite and common.job_status(folder, job, found, finished=True) == "finished":
-        print(f"{folder} is already prepared with these arguments")
-        return None
+    name = job["dataset"]
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
-    new = target.with_name(f".{target.name}.new")
+    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     shutil.rmtree(new, ignore_errors=True)  # what a killed run left
-    new.mkdir(parents=True)
-    return new
-
-
-def put_in_place(new, folder, meta):
-    """Write meta.json and let the new folder take the place of `folder`, whose files go."""
+    new.mkdir(parents=True)  # before the reading: so a folder that cannot be written is reported first
+    if name == "demo-model":
+        train_demo_model(new, job["seed"])
+        meta = {"job": job}
+    else:
+        report = {}
+        if name in common.DEMO:
+            texts, splits = demo_dataset(name, job["seed"])
+        elif "from_recbench" in job:
+            texts, splits = read_recbench(paths, job)
+        else:
+            texts, splits, report = read_dataset(paths, job)
+        meta = {**write_dataset(new, texts, splits, job), **report}
     files = sorted(path.name for path in new.iterdir())
     common.write_json(new / "meta.json", {"format": common.FORMAT, **meta, "files": [*files, "meta.json"]})
-    target = folder.resolve()
-    old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
@@ -757,28 +694,96 @@ def put_in_place(new, folder, meta):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_dataset(paths, job):
+    """Texts {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
+
+    paths: {name: path} of the raw files. Raises UserError where there is no sample.
+    """
+    name = job["dataset"]
+    source = SOURCES[name]
+    items = source.items[0] if source.items[0].files in paths else source.items[-1]
+    counts = {"items": {}, "events": {}}
+    dropped = Counter()
+    texts = read_texts(read_table(paths, items, counts["items"]), dropped)
+    numbers = {item: number for number, item in enumerate(texts)}
+    rows = read_table(paths, source.events, counts["events"])
+    sample, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
+    chosen, missing = choose_users(sample, pasts, texts, job, dropped)
+    finetune = chosen["train"]  # train and valid together
+    if not chosen["test"] and not finetune:
+        examples = f"; an item of the events is {unknown!r}, of the items {list(texts)[:1]}" if unknown else ""
+        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
+    short = {}
+    for split, samples in missing.items():
+        size = job[f"{split}_size"]
+        if samples > 0:
+            short[f"{split}_size"] = size - samples
+            more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
+            common.say(f"WARNING: {name}: --{split}-size asks for {size} samples, {size - samples} were found{more}")
+    valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
+    splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": chosen["test"]}
+    return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
+
+
+def choose_users(events, pasts, texts, job, dropped):
+    """Users in the order of their hashes, until the samples are enough: first for test, then for train (and valid).
+
+    events, pasts: of sample_users. Returns {"test", "train": lines} and {"test", "train": samples that are missing}.
+    """
+    items = list(texts)
+    chosen = {"test": [], "train": []}
+    missing = {"test": job["test_size"], "train": job["train_size"]}
+    for user in by_hash(events, (job["seed"], job["dataset"])):
+        split = "test" if missing["test"] > 0 else "train"
+        if missing[split] <= 0:
+            break
+        latest = latest_events(events[user], items, dropped)
+        _, ids = pasts.get(user, (0, ""))
+        past = [item for item in ids.split() if item in texts]
+        dropped["items of histories without text"] += len(ids.split()) - len(past)
+        line = user_line(user, latest, past, items, job, dropped)
+        if line:
+            chosen[split].append(line)
+            missing[split] -= len(line["labels"])
+    return chosen, missing
+
+
+def raw_files(paths):
+    """{name: {"size", "sha256"}} of raw files {name: path}: no edit goes unseen."""
+    raw = {}
+    for path in tqdm(sorted(paths.values()), desc="sha256 of the raw files", unit=" files"):
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
+    return raw
+
+
+def write_lines(path, rows):
+    """Write a .jsonl file; half surrogate pairs in ids become JSON escapes again."""
+    with open(path, "wb") as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+
 def write_dataset(folder, texts, splits, job):
     """Write items.jsonl and the splits that are not empty; returns what meta.json says of them.
 
     texts: {item id: text}, of which those are written that the splits use.
     """
-    splits = {split: users for split, users in splits.items() if users}
-    items = common.items_of(user for users in splits.values() for user in users)
-    tables = {"items": [{"id": item, "text": texts[item]} for item in items], **splits}
-    for table, rows in tables.items():
-        with open(folder / f"{table}.jsonl", "wb") as file:
-            for line in rows:  # half surrogate pairs in ids become JSON escapes again
-                line = json.dumps(line, ensure_ascii=False) + "\n"
-                file.write(line.encode("utf-8", "backslashreplace"))
+    items = common.items_of(splits["train"] + splits["valid"] + splits["test"])
+    write_lines(folder / "items.jsonl", [{"id": item, "text": texts[item]} for item in items])
     name = job["dataset"]
     counts = {}
     for split, users in splits.items():
-        counts[split] = {
-            "users": len(users),
-            "items": len(common.items_of(users)),
-            "samples": count_samples(users),
-            "positives": sum(sum(user["labels"]) for user in users)}
-        print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
+        if users:
+            write_lines(folder / f"{split}.jsonl", users)
+            labels = []
+            for user in users:
+                labels += user["labels"]
+            counts[split] = {"users": len(users), "items": len(common.items_of(users)), "samples": len(labels),
+                             "positives": sum(labels)}
+            print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
     return {"domain": common.DOMAINS[name], "job": job, "items": len(items), "splits": counts,
             "sha256": common.data_sha256(folder.parent, folder.name)}
 
@@ -804,65 +809,60 @@ RECBENCH = {  # columns of the authors' parquet files: user, item, history, labe
 }
 
 
-def from_recbench(name, folder, args):
-    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample, in the standard format.
-
-    folder holds items, users, test and finetune.parquet, and valid_user_set_0.1.txt (else 10% of the users by hash).
-    Kept as they are: texts, duplicates, users of one class, positives that stand in the history. Of several rows of one
-    user or item the last counts, as in the authors' code. Raises UserError.
-    """
-    user, item, history, label, *attributes = RECBENCH[name].split()
-    items, users, test, finetune = [folder / f"{part}.parquet" for part in ("items", "users", "test", "finetune")]
-    named = folder / "valid_user_set_0.1.txt"
-    paths = [path for path in (items, users, test, finetune, named) if path.is_file()]
-    if items not in paths or users not in paths or (test not in paths and finetune not in paths):
+def find_recbench(folder):
+    """{name: path} of the authors' files of a dataset. Raises UserError."""
+    names = ["items.parquet", "users.parquet", "test.parquet", "finetune.parquet", "valid_user_set_0.1.txt"]
+    paths = {name: folder / name for name in names if Path(folder, name).is_file()}
+    has_samples = "test.parquet" in paths or "finetune.parquet" in paths
+    if "items.parquet" not in paths or "users.parquet" not in paths or not has_samples:
         raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
                         "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
-    job = {"dataset": name, "seed": args.seed, "max_history": args.max_history, "from_recbench": True,
-           "raw": raw_files(paths)}
-    target = Path(args.out, name)
-    new = begin(target, job, args.overwrite)
-    if new is None:
-        return
-    histories = read_histories(users, user, history, args.max_history)
-    test_lines = read_samples(test, user, item, label, histories)
-    finetune_lines = read_samples(finetune, user, item, label, histories)
-    valid = valid_users(named, finetune_lines, job)
-    splits = {"train": [], "valid": [], "test": list(test_lines.values())}
-    for who, line in finetune_lines.items():
-        splits["valid" if who in valid else "train"].append(line)
+    return paths
+
+
+def read_recbench(paths, job):
+    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample: texts and splits.
+
+    paths: {name: path} of their files. Kept as they are: texts, duplicates, users of one class, positives that stand in
+    the history. Of several rows of one user or item the last counts, as in the authors' code. Raises UserError.
+    """
+    user, item, history, label, *attributes = RECBENCH[job["dataset"]].split()
     texts = {}
-    for one, *values in parquet_rows(items, item, *attributes):
+    for one, *values in parquet_rows(paths["items.parquet"], item, *attributes):
         texts[str(one)] = described(attributes, [text_of(value) for value in values])
+    histories = {}
+    for who, past in parquet_rows(paths["users.parquet"], user, history):
+        if isinstance(past, str):
+            raise UserError(f"{paths['users.parquet']}: the history of user {who} is a string, not a list of items")
+        histories[str(who)] = [str(one) for one in past or []][-job["max_history"]:]
+    test = read_samples(paths.get("test.parquet"), histories, user, item, label)
+    finetune = read_samples(paths.get("finetune.parquet"), histories, user, item, label)
+    both = test.keys() & finetune.keys()
+    if both:
+        common.say(f"WARNING: {len(both)} of the {len(test)} test users are in finetune.parquet, too")
+    valid = valid_users(paths.get("valid_user_set_0.1.txt"), finetune, job)
+    splits = {"train": [], "valid": [], "test": list(test.values())}
+    for who, line in finetune.items():
+        splits["valid" if who in valid else "train"].append(line)
     used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
     unknown = [one for one in used if one not in texts]
     if unknown:
-        raise UserError(f"{items} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
-    put_in_place(new, target, write_dataset(new, texts, splits, job))
+        raise UserError(f"{paths['items.parquet']} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
+    return texts, splits
 
 
-def read_histories(path, user, history, max_history):
-    """{user: the last max_history items} of a parquet file with the columns user and history. Raises UserError."""
-    histories = {}
-    for who, past in parquet_rows(path, user, history):
-        if isinstance(past, str):
-            raise UserError(f"{path}: the history of user {who} is a string, not a list of items")
-        histories[str(who)] = [str(one) for one in past or []][-max_history:]
-    return histories
-
-
-def read_samples(path, user, item, label, histories):
-    """{user: line}, users in the order of their first sample; {} where there is no such file.
+def read_samples(path, histories, user, item, label):
+    """{user: line}, users in the order of their first sample; {} without a file.
 
     user, item, label: columns. Raises UserError where a label is neither 0 nor 1, or a user has no history.
     """
     lines = {}
-    if not path.is_file():
+    if path is None:
         return lines
     for who, what, liked in parquet_rows(path, user, item, label):
+        who = str(who)
         if liked not in (0, 1):
             raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
-        who = str(who)
         if who not in histories:
             raise UserError(f"users.parquet lacks user {who}, who has samples in {path}")
         new = {"user": who, "history": histories[who], "candidates": [], "labels": []}
@@ -873,26 +873,24 @@ def read_samples(path, user, item, label, histories):
 
 
 def valid_users(path, finetune, job):
-    """The users of the validation set: those that the authors' file names, or else a tenth by hash."""
-    if not path.is_file():
-        return set(by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)])
-    named = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
-    if finetune and not named & finetune.keys():
+    """The users of the validation set: those that the authors' file names, or without it a tenth by hash."""
+    if path is None:
+        return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
+    named = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if finetune and not finetune.keys() & named:
         raise UserError(f"{path} names no user of finetune.parquet")
-    return named
+    return set(named)
 
 
 def parquet_rows(path, *columns):
-    """Yield the rows of a parquet file as tuples, in file order. Raises UserError."""
+    """The rows of a parquet file as tuples, in file order. Raises UserError."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
     try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=list(columns)):
-                values = [batch.column(column).to_pylist() for column in columns]
-                yield from zip(*values)
+        table = parquet.ParquetFile(path).read(list(columns))
+        return zip(*[table[column].to_pylist() for column in columns])
     except (ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
 
@@ -926,24 +924,6 @@ TITLES = {  # each takes three words of one theme
     "shop": ["{} {} with {}", "set of {} {} {}", "deluxe {} {} and {}"],
 }
 DEMO_USERS = {"test": 250, "valid": 60, "train": 300}  # per dataset
-
-
-def make_demo(out, seed, overwrite):
-    """Five small datasets in three domains, and OUT/demo-model, which has read about their themes and met no user."""
-    for name in [*common.DEMO, "demo-model"]:
-        folder = Path(out, name)
-        job = {"dataset": name, "seed": seed, "users": DEMO_USERS}
-        new = begin(folder, job, overwrite)
-        if new is None:
-            continue
-        if name == "demo-model":
-            train_demo_model(new, seed)
-            meta = {"job": job}
-        else:
-            texts, splits = demo_dataset(name, seed)
-            meta = write_dataset(new, texts, splits, job)
-        put_in_place(new, folder, meta)
-    print(f"{Path(out, 'demo-model')} is the model to start from")
 
 
 def demo_dataset(name, seed):
@@ -1062,12 +1042,12 @@ def list_datasets():
     for name, row in common.DATASETS.items():
         source = SOURCES[name]
         roles = "test and fine-tune" if row.test and row.finetune else "test" if row.test else "fine-tune"
-        items = " or ".join(", ".join(table.files) for table in source.items)
+        items = " or ".join(table.files for table in source.items)
         print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
               f"{row.negatives:4} negatives")
         print(f"{'':12} {source.home}")
         print(f"{'':12} items: {items}")
-        print(f"{'':12} events: {', '.join(source.events.files)}")
+        print(f"{'':12} events: {source.events.files}")
 
 
 def arguments(argv):
@@ -1109,18 +1089,21 @@ def main(argv=None):
     if args.list:
         list_datasets()
         return
-    for name in args.names:  # what is missing or in the way is said before any long work
-        if name != "demo":
-            found_job(Path(args.out, name))
-            if not args.from_recbench:
-                find_raw(name, args.raw)
+    names = []
     for name in args.names:
-        if name == "demo":
-            make_demo(args.out, args.seed, args.overwrite)
-        elif args.from_recbench:
-            from_recbench(name, args.from_recbench / name, args)
+        names += [*common.DEMO, "demo-model"] if name == "demo" else [name]
+    plans = []
+    for name in dict.fromkeys(names):  # what is missing or in the way is said before any long work
+        folder = Path(args.out, name)
+        job, paths = plan(name, args)
+        if is_prepared(folder, job, args.overwrite):
+            print(f"{folder} is already prepared with these arguments")
         else:
-            prepare(name, args)
+            plans.append((folder, job, paths))
+    for folder, job, paths in plans:
+        prepare(folder, job, paths)
+    if "demo" in args.names:
+        print(f"{Path(args.out, 'demo-model')} is the model to start from")
 
 
 if __name__ == "__main__":

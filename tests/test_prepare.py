@@ -759,6 +759,9 @@ def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
     assert run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
     assert [line["user"] for line in lines(tmp_path / "out/yelp/valid.jsonl")] == \
         [min(("9", "6"), key=lambda user: hashed(2025, "yelp", user))]
+    shutil.copyfile(tmp_path / "in/yelp/test.parquet", tmp_path / "in/yelp/finetune.parquet")
+    code, _, err = run("yelp", "--from-recbench", tmp_path / "in", "--out", tmp_path / "both")
+    assert code == 0 and "WARNING: 2 of the 2 test users are in finetune.parquet, too" in err
     recbench(tmp_path / "in/mind", "yelp")
     code, _, err = run("mind", "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 2 and "needs the columns" in err
@@ -771,6 +774,8 @@ def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
     ("test", {"click": [2, 1]}, "the label of user 8 is 2"),
     ("finetune", {"click": [None, 1]}, "the label of user 8 is None"),
     ("users", {"history": ["1 2", "3"]}, "the history of user 8 is a string"),
+    ("users", {"user_id": [6, 7, 8, 9], "history": [[1], [99], [1], [1]]}, "lacks 1 of"),
+    ("test", {"business_id": [1, 98]}, "lacks 1 of"), ("users", {}, "users.parquet lacks user 7"),
     ("valid_user_set_0.1.txt", b"nobody\n", "names no user"),
     (None, None, "no sizes")])
 def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, says):
