@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -642,6 +643,7 @@ def load_pretrained(args, name):
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry without a network
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     prompt = load_prompt(args.prompt)
     device, dtype = placement(args)
@@ -1199,7 +1201,7 @@ def read_json(path):
     """The JSON value of a file. Raises UserError where it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
@@ -1209,7 +1211,7 @@ def read_lines(path):
         for number, line in enumerate(lines, 1):
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UserError(f"{path}, line {number}: not JSON") from None
             if not isinstance(value, dict):
                 raise UserError(f"{path}, line {number}: not a JSON object")
@@ -1218,6 +1220,8 @@ def read_lines(path):
 
 def read_meta(data, name):
     """meta.json of a prepared dataset. Raises UserError with what to do."""
+    if Path(name).name != name:
+        raise UserError(f"{name!r} is no name of a dataset: it is {Path(name).name!r}, and --data says in which folder")
     path = Path(data, name, "meta.json")
     if not path.exists():
         if name not in DOMAINS:
@@ -1509,6 +1513,7 @@ def shared_arguments(parser):
 
 def run_script(main, argv=None):
     """Call a script's main and return its exit code; 2 with one line on standard error, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal's or a file's encoding lacks
     try:
         return main(argv) or 0
     except UserError as error:

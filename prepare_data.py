@@ -1070,7 +1070,7 @@ def arguments(argv):
     add("--negatives", type=common.positive_number,
         help="negatives per user, drawn from items never touched (if not given: see --list)")
     add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
-    add("--seed", type=int, default=2025, help="seed of everything random")
+    add("--seed", type=common.whole_number, default=2025, help="seed of everything random")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
     args = parser.parse_args(argv)
     if not args.list and not args.names:

@@ -59,8 +59,8 @@ def arguments(argv):
     if ZERO in args.sources:
         parser.error(f"{ZERO} is always the first row: leave it out of --sources")
     for word in [*args.finetune_args, *args.evaluate_args]:
-        if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter"):
-            parser.error(f"transfer_matrix.py sets {word} itself")
+        if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter", "--against"):
+            parser.error(f"--finetune-args and --evaluate-args take no {word}")
     return args
 
 

@@ -256,6 +256,13 @@ def test_a_file_size_limit_is_one_line_and_the_run_continues(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+def test_output_that_cannot_show_a_sign_shows_a_question_mark():
+    code = "import common; common.run_script(lambda argv: print('\\u25b2'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, b"?", b"")
+
+
 def test_errors_that_the_user_can_fix(data, tmp_path, folders, capsys):
     out = ["--out", tmp_path / "out"]
 
@@ -279,6 +286,7 @@ def test_errors_that_the_user_can_fix(data, tmp_path, folders, capsys):
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
     assert "a folder is needed" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
+    assert "'mind/' is no name of a dataset" in error("--model", "random", "--test", "mind/")
     assert "torch sees no CUDA GPU" in error(*llama, "--device", "cuda:1")
     assert "file" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "file" / "out")
     assert not (tmp_path / "out").exists()
@@ -308,7 +316,8 @@ def test_a_users_line_that_is_wrong_is_named_before_any_scoring(data, tmp_path, 
     ("items.jsonl", '{"id": "i0", "text": "half \\ud83d"}\n', "line 1: the text holds half a surrogate pair"),
     ("items.jsonl", '{"id": "a", "text": ""}\n{"id": "a", "text": ""}\n', "line 2: the id 'a' is there twice"),
     ("meta.json", "[]", "prepare it again"), ("meta.json", '{"format": 0}', "prepare it again"),
-    ("meta.json", '{"format": 1}', "domain"), ("meta.json", "{", "is not JSON")])
+    ("meta.json", '{"format": 1}', "domain"), ("meta.json", "{", "is not JSON"),
+    ("meta.json", "[" * 100_000, "is not JSON"), ("test.jsonl", "[" * 100_000, "test.jsonl, line 1: not JSON")])
 def test_a_broken_file_is_one_line(data, tmp_path, capsys, file, text, says):
     (data / "mind" / file).write_text(text)
     assert says in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "out")

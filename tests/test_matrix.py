@@ -188,6 +188,7 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
         assert "nowhere holds no finished run" in error("--finetune-args=--init-adapter nowhere", *more)
         assert "--lr" in error("--finetune-args=--lr 0", *more)
     assert "--adapter" in error("--evaluate-args=--adapter=x") and "--train" in error("--finetune-args=--train shop")
+    assert "take no --against" in error("--evaluate-args=--against there")
     assert "fine-tuned" in error("--model", "itemknn") and "--k" in error("--k", "0")
     assert "--metric" in error("--metric", "logloss")
     assert "unknown dataset 'news-c'" in error(sources=["news-a+news-c"])
