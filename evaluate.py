@@ -173,7 +173,8 @@ def score_users(args, name, users, items, scorer, job, status):
         if scorer:
             scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in batch], known)
         else:
-            scores, took = baseline_scores(args, name, batch, chosen_by), {"dropped": [0] * len(batch)}
+            scores = baseline_scores(args, name, batch, chosen_by)
+            took = {"dropped": [0] * len(batch)}
         lines = score_lines(name, batch, scores, took["dropped"])
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)

@@ -633,9 +633,12 @@ def plan(name, args):
         return {**job, "from_recbench": True, "raw": raw_files(paths)}, paths
     row = common.DATASETS[name]
     paths = find_raw(name, args.raw)
-    job.update(kind=row.kind, positives=args.positives or row.positives, negatives=args.negatives or row.negatives,
-               next_item=bool(args.positives or args.negatives), max_rows=args.max_rows,
-               test_size=args.test_size, train_size=args.train_size)
+    job["kind"] = row.kind
+    job["positives"] = args.positives or row.positives
+    job["negatives"] = args.negatives or row.negatives
+    job["next_item"] = bool(args.positives or args.negatives)
+    job["max_rows"] = args.max_rows
+    job["test_size"], job["train_size"] = args.test_size, args.train_size
     if args.test_size is None:
         job["test_size"] = 20_000 if row.test else 0
     if args.train_size is None:
@@ -781,8 +784,11 @@ def write_dataset(folder, texts, splits, job):
             labels = []
             for user in users:
                 labels += user["labels"]
-            counts[split] = {"users": len(users), "items": len(common.items_of(users)), "samples": len(labels),
-                             "positives": sum(labels)}
+            counts[split] = {
+                "users": len(users),
+                "items": len(common.items_of(users)),
+                "samples": len(labels),
+                "positives": sum(labels)}
             print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
     return {"domain": common.DOMAINS[name], "job": job, "items": len(items), "splits": counts,
             "sha256": common.data_sha256(folder.parent, folder.name)}
@@ -834,7 +840,8 @@ def read_recbench(paths, job):
     for who, past in parquet_rows(paths["users.parquet"], user, history):
         if isinstance(past, str):
             raise UserError(f"{paths['users.parquet']}: the history of user {who} is a string, not a list of items")
-        histories[str(who)] = [str(one) for one in past or []][-job["max_history"]:]
+        items = [str(one) for one in past or []]
+        histories[str(who)] = items[-job["max_history"]:]
     test = read_samples(paths.get("test.parquet"), histories, user, item, label)
     finetune = read_samples(paths.get("finetune.parquet"), histories, user, item, label)
     both = test.keys() & finetune.keys()
@@ -875,7 +882,8 @@ def read_samples(path, histories, user, item, label):
 def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or without it a tenth by hash."""
     if path is None:
-        return by_hash(finetune, (job["seed"], job["dataset"]))[:max(1, len(finetune) // 10)]
+        users = by_hash(finetune, (job["seed"], job["dataset"]))
+        return users[:max(1, len(users) // 10)]
     named = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if finetune and not finetune.keys() & named:
         raise UserError(f"{path} names no user of finetune.parquet")

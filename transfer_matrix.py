@@ -173,7 +173,8 @@ def run_missing(args, missing):
 def analyse(args, failed):
     """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py."""
     names = {*args.targets, *"+".join(args.sources).split("+")}
-    domains = common.domains_of({name: common.read_meta(args.data, name) for name in sorted(names)})
+    metas = {name: common.read_meta(args.data, name) for name in sorted(names)}
+    domains = common.domains_of(metas)
     runs, train = {}, {ZERO: []}  # by source: run.json; what was trained on
     for source in args.sources:
         train[source] = source.split("+")
@@ -282,8 +283,9 @@ def joint_gain(cells, draws):
     result = {}
     for _, target in draws:
         if (target, "H") in found and (target, "G") in found:
-            gains = np.mean(found[target, "H"], axis=0) - np.mean(found[target, "G"], axis=0)
-            result[target] = common.estimate(gains)
+            with_target = np.mean(found[target, "H"], axis=0)
+            without = np.mean(found[target, "G"], axis=0)
+            result[target] = common.estimate(with_target - without)
     return result
 
 
