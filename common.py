@@ -301,9 +301,9 @@ def encode(scorer, texts):
         return []
     ids = scorer.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
     eos = scorer.tokenizer.eos_token_id
-    goes_on = special_tokens and scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
+    strip_eos = special_tokens and scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
     for i, tokens in enumerate(ids):
-        if goes_on and tokens[-1:] == [eos]:
+        if strip_eos and tokens[-1:] == [eos]:
             tokens = tokens[:-1]
         ids[i] = tokens or [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
     return ids
@@ -325,12 +325,11 @@ def encode_user(scorer, user):
 
 def common_prefix(ids):
     """Number of tokens that all texts start with. One token of each is left, where its answer is read."""
-    shared = 0
-    for column in zip(*ids):  # the first token of each text, then the second, until the shortest ends
-        if len(set(column)) > 1:
-            return shared
-        shared += 1
-    return shared - 1  # the shortest is a beginning of all the others
+    shortest = min(map(len, ids))
+    for n in range(shortest):
+        if len({tokens[n] for tokens in ids}) > 1:
+            return n
+    return shortest - 1  # the shortest is a beginning of all the others
 
 
 def row_length(row):
@@ -495,7 +494,7 @@ def in_batches(scorer, rows, forward):
     for batch in fill_batches(scorer, rows):
         results.append(forward(scorer, batch))
         indices += indices_of(batch)
-    return torch.cat(results)[torch.tensor(indices).argsort()]
+    return torch.cat(results)[np.argsort(indices)]  # undo the order of the batches
 
 
 def score_prompts(scorer, users):
@@ -893,20 +892,21 @@ def packing_fault(scorer):
     other_first = prompts[0][:-1] + made_up_prompt(scorer, 1, 0)  # another token in the first suffix
     packed = scorer._replace(layout="packed", max_tokens=math.inf)  # all in one row
     alone, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
-    counted = torch.arange(alone["input_ids"].shape[1], device=scorer.model.device)[None]
+    counted = torch.arange(len(prompts[0]), device=scorer.model.device)[None]
     try:
         with torch.no_grad():
-            same = torch.equal(scorer.model(**alone).logits, scorer.model(**alone, position_ids=counted).logits)
+            own_positions = scorer.model(**alone).logits
+            from_0 = scorer.model(**alone, position_ids=counted).logits
         scores = scores_or_embeddings(packed, prompts)
-        changed = scores_or_embeddings(packed, [other_first, *prompts[1:]])
+        scores_after_change = scores_or_embeddings(packed, [other_first, *prompts[1:]])
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         return f"its forward does not take the mask of packed rows ({type(error).__name__})"
-    if not same:
+    if not torch.equal(own_positions, from_0):
         return "it does not count positions from 0"  # RoBERTa
     # (1) leak: the scores of the other suffixes must not move by a single bit
-    if (changed[1:] != scores[1:]).any():
+    if (scores_after_change[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
     # (2) positions: packed scores must be those of separate prompts
     separate = scores_or_embeddings(scorer, [prompts[0], prompts[-1]])  # beside the prefix and far from it
@@ -1188,7 +1188,7 @@ def write_atomically(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half surrogates, as JSON writes them
     os.replace(temporary, path)
 
 
@@ -1221,7 +1221,7 @@ def read_lines(path):
 def read_meta(data, name):
     """meta.json of a prepared dataset. Raises UserError with what to do."""
     if Path(name).name != name:
-        raise UserError(f"{name!r} is no name of a dataset: it is {Path(name).name!r}, and --data says in which folder")
+        raise UserError(f"{name!r} is not a dataset's name: it is {Path(name).name!r}, and --data says in which folder")
     path = Path(data, name, "meta.json")
     if not path.exists():
         if name not in DOMAINS:
@@ -1237,7 +1237,7 @@ def read_meta(data, name):
 
 
 def check_datasets(names, data, split):
-    """{name: meta.json} of datasets, each prepared and with this split, none twice. Raises UserError."""
+    """{name: meta.json} of datasets, each prepared and with this split; repeats are merged. Raises UserError."""
     metas = {}
     for name in names:
         metas[name] = read_meta(data, name)

@@ -422,7 +422,7 @@ def default_targets(scorer):
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
 # A run in progress is one file, state.pt; what it holds becomes the adapter and run.json at the end. So a run that is
-# killed at any moment continues, and what --overwrite replaces stays until then.
+# killed at any moment continues, and the adapter and run.json that --overwrite replaces stay until then.
 
 
 def job_of(args):

@@ -340,7 +340,7 @@ def find_file(folder, file):
 
 
 def find_raw(name, raw):
-    """{name: path} of a dataset's raw files, in raw/name or one folder below it.
+    """{name: path} of a dataset's raw files, in raw/name or a folder below it.
 
     Of several folders the one for training counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
     left, or where there is none.

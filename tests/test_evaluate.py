@@ -286,7 +286,7 @@ def test_errors_that_the_user_can_fix(data, tmp_path, folders, capsys):
     assert "no dataset" in error_of(capsys, tmp_path, "--model", "random", "--test", "all", *out)
     (tmp_path / "file").write_text("")
     assert "a folder is needed" in error("--model", "random", "--test", "mind", "--out", tmp_path / "file")
-    assert "'mind/' is no name of a dataset" in error("--model", "random", "--test", "mind/")
+    assert "'mind/' is not a dataset's name" in error("--model", "random", "--test", "mind/")
     assert "torch sees no CUDA GPU" in error(*llama, "--device", "cuda:1")
     assert "file" in error_of(capsys, data, "--model", "random", "--test", "mind", "--out", tmp_path / "file" / "out")
     assert not (tmp_path / "out").exists()
