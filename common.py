@@ -1389,13 +1389,14 @@ def job_status(place, job, found, finished):
 
 
 def job_in(path):
-    """The "job" in the first JSON value of an output; {} where another program wrote it, None without such a file."""
+    """The "job" in an output (.jsonl: in its first line); {} where another program wrote it, None without a file."""
     if not Path(path).exists():
         return None
+    with open(path, "rb") as file:
+        text = file.readline() if Path(path).suffix == ".jsonl" else file.read()
     try:
-        value, _ = json.JSONDecoder().raw_decode(Path(path).read_text(encoding="utf-8"))
-        return dict(value["job"])
-    except (ValueError, KeyError, TypeError):
+        return dict(json.loads(text)["job"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -1513,7 +1514,8 @@ def shared_arguments(parser):
 
 def run_script(main, argv=None):
     """Call a script's main and return its exit code; 2 with one line on standard error, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="replace")  # "?" for what a terminal's or a file's encoding lacks
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal or a file: "?" for what its encoding lacks
+        sys.stdout.reconfigure(errors="replace")
     try:
         return main(argv) or 0
     except UserError as error:

@@ -330,9 +330,14 @@ def unstable(curve):
 def chain_of(args):
     """What the adapter will have seen, with the runs that --init-adapter continues: datasets and their domains.
 
-    Raises UserError where a dataset or the earlier run is missing.
+    The shape of that adapter then stands in the LoRA flags, so that job and run.json hold what is trained. Raises
+    UserError where a dataset or the earlier run is missing.
     """
     earlier = common.read_run(args.init_adapter, args)
+    if args.init_adapter:
+        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
+        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
+        args.lora_targets = shape["target_modules"]
     metas = common.check_datasets(args.train, args.data, "train")
     common.check_datasets(args.valid, args.data, "valid")
     domains = earlier["domains"]
@@ -384,9 +389,6 @@ def add_lora(args, scorer):
     if args.gradient_checkpointing:
         scorer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.init_adapter:
-        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
-        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
-        args.lora_targets = shape["target_modules"]  # whatever the flags were: run.json says what was trained
         say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
         return common.load_adapter(scorer, args.init_adapter, trainable=True)
     targets = args.lora_targets or default_targets(scorer)
@@ -507,7 +509,7 @@ def join_processes(args):
         return
     cuda = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
     if cuda:
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:
             raise UserError(f"torchrun starts {here} processes here, each for a GPU of its own, and there are {gpus}")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -88,7 +88,7 @@ def iso_time(text):
 
 def us_time(text):
     """Seconds since 1970 of "11/15/2019 1:22:32 PM"."""
-    return seconds_of(datetime.strptime(text, "%m/%d/%Y %I:%M:%S %p"))
+    return seconds_of(datetime.strptime(text.strip(), "%m/%d/%Y %I:%M:%S %p"))
 
 
 def goodreads_time(text):
@@ -440,8 +440,7 @@ def fields_of(table, names, row, first):
             return row
         if row == first:
             raise ValueError("a second header row")
-        values = dict(zip(first, row))
-        return [values[name] for name in names]
+        return [row[first.index(name)] for name in names]
     line = row.rstrip("\r\n")
     return line.split("\t") if table.form == "tsv" else line
 
@@ -623,14 +622,16 @@ def user_line(user, latest, past, items, job, dropped):
 
 
 def plan(name, args):
-    """The job of a dataset, what its files are made of, and the paths to read, {name: path}. Raises UserError."""
+    """(the job of a dataset: what its files are made of, but for the hashes; the paths to read, {name: path}).
+
+    Raises UserError where files are missing.
+    """
     job = {"dataset": name, "seed": args.seed}
     if name not in SOURCES:  # of the demo
         return {**job, "users": DEMO_USERS}, {}
     job["max_history"] = args.max_history
     if args.from_recbench:
-        paths = find_recbench(args.from_recbench / name)
-        return {**job, "from_recbench": True, "raw": raw_files(paths)}, paths
+        return {**job, "from_recbench": True}, find_recbench(args.from_recbench / name)
     row = common.DATASETS[name]
     paths = find_raw(name, args.raw)
     job["kind"] = row.kind
@@ -645,25 +646,22 @@ def plan(name, args):
         job["train_size"] = 100_000 if row.finetune else 0
     if not job["test_size"] and not job["train_size"]:
         raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    return {**job, "raw": raw_files(paths)}, paths
+    return job, paths
 
 
-def is_prepared(folder, job, overwrite):
-    """Whether the same job has made `folder` already.
+def found_job(folder):
+    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
 
-    Raises UserError where another job made it, or where it holds anything that this script has not written: it would be
-    deleted.
+    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if not names:
-        return False
     meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
     own = meta.get("files", []) if isinstance(meta, dict) else []
     for name in names:
         if name not in own:
             raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
-    return not overwrite and common.job_status(folder, job, meta.get("job", {}), finished=True) == "finished"
+    return meta.get("job", {}) if names else None
 
 
 def prepare(folder, job, paths):
@@ -883,7 +881,7 @@ def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or without it a tenth by hash."""
     if path is None:
         users = by_hash(finetune, (job["seed"], job["dataset"]))
-        return users[:max(1, len(users) // 10)]
+        return set(users[:max(1, len(users) // 10)])
     named = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if finetune and not finetune.keys() & named:
         raise UserError(f"{path} names no user of finetune.parquet")
@@ -891,14 +889,16 @@ def valid_users(path, finetune, job):
 
 
 def parquet_rows(path, *columns):
-    """The rows of a parquet file as tuples, in file order. Raises UserError."""
+    """Yield the rows of a parquet file as tuples, in file order. Raises UserError."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
     try:
-        table = parquet.ParquetFile(path).read(list(columns))
-        return zip(*[table[column].to_pylist() for column in columns])
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=list(columns)):
+                values = [batch.column(column).to_pylist() for column in columns]
+                yield from zip(*values)
     except (ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
 
@@ -1103,13 +1103,15 @@ def main(argv=None):
     plans = []
     for name in dict.fromkeys(names):  # what is missing or in the way is said before any long work
         folder = Path(args.out, name)
-        job, paths = plan(name, args)
-        if is_prepared(folder, job, args.overwrite):
+        found = found_job(folder)
+        plans.append((folder, found, *plan(name, args)))
+    for folder, found, job, paths in plans:
+        if paths:
+            job["raw"] = raw_files(paths)
+        if not args.overwrite and common.job_status(folder, job, found, finished=True) == "finished":
             print(f"{folder} is already prepared with these arguments")
         else:
-            plans.append((folder, job, paths))
-    for folder, job, paths in plans:
-        prepare(folder, job, paths)
+            prepare(folder, job, paths)
     if "demo" in args.names:
         print(f"{Path(args.out, 'demo-model')} is the model to start from")
 

@@ -12,7 +12,7 @@ Weights and titles are random; nothing is downloaded. One JSON line per case; it
                        padded batch with every logit; batched, packed: train_step. Compared are gradients, as a share of
                        the largest
     train_all          the same step on all samples, packed alone: forward passes of --max-tokens, as far as they fill
-A rate of 0 did not fit into the GPU's memory. peak_memory_gb: of `packed`, with the model's weights; of the process on a CPU.
+A rate of 0 did not fit into the GPU's memory. peak_memory_gb: of `packed`, with the weights; on a CPU of the process.
 matmul_share = counted operations / seconds of `packed` / rate of a large matrix product of the same dtype (gflops).
 Counted are 2 for each weight of the decoder's layers and token, padding left out, and 4 x width for each pair of tokens
 of which one sees the other. A training step adds as much for the gradients of the states (less in the first layer, as
@@ -86,8 +86,8 @@ def build(args):
     whole.register_forward_hook(lambda module, inputs, logits: logits[..., answers].float())
     max_tokens = args.max_tokens or (1024 if args.device == "cpu" else 8192)
     scorer = common.Scorer(name=args.shape, model=model, tokenizer=tokenizer, type="prompt", family="causal",
-                           layout="packed", prompt=common.PROMPT, chat_template=False, pooling="last", dense=torch.nn.Sequential(),
-                           limit=8192, max_tokens=max_tokens, pad=0)
+                           layout="packed", prompt=common.PROMPT, chat_template=False, pooling="last",
+                           dense=torch.nn.Sequential(), limit=8192, max_tokens=max_tokens, pad=0)
     return scorer, {"whole": whole, "two": model.lm_head}
 
 
@@ -129,6 +129,8 @@ def race(args, ways, run):
             best[way] = min(best.get(way, math.inf), time.perf_counter() - start)
             peaks[way] = common.peak_memory_gb(args.device)
         except torch.OutOfMemoryError:
+            if way == "packed":
+                raise
             best[way] = math.inf
     return best, answers, peaks
 
@@ -144,8 +146,9 @@ def report(args, samples, ways, run, rows, unpacked, model, training=False, **fi
     rates = {way: samples / seconds for way, seconds in times.items()}
     differences = [np.abs(answer - answers["packed"]).max() for answer in answers.values() if answer is not None]
     tokens = sum(map(common.row_length, rows))
+    one = rates.get("one_at_a_time")
     print(json.dumps({
-        **first, **rates, "packed_over_one": rates["packed"] / rates["one_at_a_time"] if "one_at_a_time" in rates else None,
+        **first, **rates, "packed_over_one": rates["packed"] / one if one else None,
         "max_abs_diff": float(max(differences)), "tokens_unpacked": unpacked, "tokens_packed": tokens,
         "tokens_per_s": tokens / times["packed"], "peak_memory_gb": peaks["packed"],
         "matmul_share": operations(model, rows, training) / times["packed"] / gflops / 1e9, "gflops": gflops,

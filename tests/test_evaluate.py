@@ -220,7 +220,7 @@ common.score_prompts = dying"""
     scores = tmp_path / "out/mind.scores.jsonl"
     assert len(scores.read_bytes().splitlines()) == 1 + 4
     with open(scores, "ab") as file:
-        file.write(b'{"user": "u4", "scores": [0.25, 1')  # torn
+        file.write(b'{"user": "u4", "scores": [0.25, 1\xff')  # torn
     assert "made with a different seed" in error_of(capsys, data, *command, tmp_path / "out", "--seed", 1)
     assert run(data, *command, tmp_path / "out") == 0
     assert scores.read_bytes() == (tmp_path / "whole/mind.scores.jsonl").read_bytes()

@@ -693,6 +693,8 @@ def test_sequential_training_continues_the_adapter(data, models, tmp_path, capfd
     assert run(data, models["llama"], tmp_path / "out", *command) == 0
     said = capfd.readouterr()
     assert "rank 4, alpha 128" in said.err
+    assert run(data, models["llama"], tmp_path / "out", *command, "--lora-r", 4) == 0  # the shape that it has
+    assert "finished already" in capfd.readouterr().err
     assert "setting H for mind, goodreads (" in said.out and "setting G for pens (" in said.out
     result = read_json(tmp_path / "out/run.json")
     assert result["train"] == [second] and result["arguments"]["lora_r"] == 4

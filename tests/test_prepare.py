@@ -345,7 +345,7 @@ def test_sha256_is_of_the_files(tmp_path):
 
 @pytest.mark.parametrize("time, text, seconds", [
     (prepare_data.us_time, "11/15/2019 12:00:00 AM", 1573776000),
-    (prepare_data.us_time, "11/15/2019 1:02:03 PM", 1573822923),
+    (prepare_data.us_time, "11/15/2019 1:02:03 PM ", 1573822923),
     (prepare_data.us_time, "11/15/2019 12:59:59 PM", 1573822799),
     (prepare_data.iso_time, "2009-05-04", 1241395200),
     (prepare_data.iso_time, "2009-05-04T23:08:57Z", 1241478537),
@@ -580,6 +580,13 @@ def test_a_quoted_ratings_file_is_read(tmp_path):
     quoted = "\n".join('"' + row.replace(",", '","') + '"' for row in rows if row)
     path = broken(tmp_path, "movielens") / "movielens/ratings.csv"
     path.write_text(quoted)
+    assert prepared("movielens", tmp_path / "a", raw=tmp_path)[1:] == prepared("movielens", tmp_path / "b")[1:]
+
+
+def test_of_two_columns_of_one_name_the_first_is_read(tmp_path):
+    head, *rows = (RAW / "movielens/ratings.csv").read_text(encoding="utf-8-sig").splitlines()
+    path = broken(tmp_path, "movielens") / "movielens/ratings.csv"
+    path.write_text("\n".join([f"{head},rating", *(f"{row},0" for row in rows if row)]))
     assert prepared("movielens", tmp_path / "a", raw=tmp_path)[1:] == prepared("movielens", tmp_path / "b")[1:]
 
 
