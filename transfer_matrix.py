@@ -281,7 +281,7 @@ def joint_gain(cells, draws):
         if (source, target) in draws:
             found.setdefault((target, cell["setting"]), []).append(draws[source, target])
     result = {}
-    for _, target in draws:
+    for target in dict.fromkeys(target for _, target in draws):  # each once
         if (target, "H") in found and (target, "G") in found:
             with_target = np.mean(found[target, "H"], axis=0)
             without = np.mean(found[target, "G"], axis=0)

@@ -308,7 +308,8 @@ def compare_bfloat16(args, users):
             first, second = np.triu_indices(len(a), 1)
             changed.append(np.mean(np.sign(a[first] - a[second]) != np.sign(b[first] - b[second])))
         print(json.dumps({
-            "case": "bfloat16", "device": device_name(device), "dtype": dtype, "layout": layout, "users": len(users), "samples": len(differences),
+            "case": "bfloat16", "device": device_name(device), "dtype": dtype, "layout": layout,
+            "users": len(users), "samples": len(differences),
             "spread": round(spread, 4), "median_difference": float(f"{np.median(differences):.3g}"),
             "max_difference": float(f"{differences.max():.3g}"), "pairs_changed": round(np.mean(changed), 4),
             "pairs_changed_by_user": summary(changed), "versions": common.versions()}), flush=True)
@@ -335,8 +336,7 @@ def report(device, case, name, samples, tokens, seconds, difference):
     print(json.dumps({
         "case": case, "way": name, "samples": samples, "samples_per_s": summary(rates), "ratio": summary(ratios),
         "max_difference": float(f"{difference:.3g}"), "tokens": tokens, "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions}), flush=True)
+        "threads": torch.get_num_threads(), "versions": versions}), flush=True)
 
 
 def main(argv=None):
