@@ -148,23 +148,13 @@ def load_prompt(path=None):
 
 
 def with_texts(user, items):
-    """The user with item texts, cut to TEXT_LIMIT characters, in place of item ids: what a Scorer reads."""
+    """A user of read_users with item texts, cut to TEXT_LIMIT characters, in place of item ids: what is scored.
+
+    {"user": name, "history": [texts, oldest first], "candidates": [texts], "labels": [0 or 1]}
+    """
     history = [items[item][:TEXT_LIMIT] for item in user["history"]]
     candidates = [items[item][:TEXT_LIMIT] for item in user["candidates"]]
     return {**user, "history": history, "candidates": candidates}
-
-
-def items_of(users):
-    """The ids of the items of users, sorted."""
-    ids = set()
-    for user in users:
-        ids.update(user["history"], user["candidates"])
-    return sorted(ids)
-
-
-def count_long_texts(users, items):
-    """How many of the items of users have a text that with_texts cuts."""
-    return sum(len(items[item]) > TEXT_LIMIT for item in items_of(users))
 
 
 def fill(template, **values):
@@ -200,7 +190,7 @@ def render_chat(tokenizer, text, word):
         before, _, _ = rendered.rpartition(word)
     except Exception as error:  # there is no template, or it is broken
         raise UserError(f"--chat-template: {str(error)[:300]}") from None
-    if text.strip() not in before:  # the last such word is not the answer
+    if text.strip() not in before:  # the word that was found stands in the prompt: the answer is missing
         raise UserError("--chat-template: the template changes the prompt or leaves the assistant's answer out")
     if before.endswith(" "):
         return before.rstrip(" "), " " + word
@@ -253,7 +243,7 @@ def answer_tokens(tokenizer, prompt, chat_template=False):
 
 
 class Scorer(NamedTuple):
-    """A model, ready to score. A user, here and below, is {"user": name, "history": texts, "candidates": texts}.
+    """A model, ready to score. Users, here and below, are those that with_texts gives.
 
     Layout, which find_layout chooses by what the model allows: "packed", a user's prompts share a row; "padded", a row
     per text, the short ones of a batch padded; "equal", a row per text, in batches of texts of one length.
@@ -266,7 +256,7 @@ class Scorer(NamedTuple):
     layout: str  # "packed", "padded" or "equal"
     prompt: dict  # the wording: see PROMPT
     chat_template: bool
-    pooling: str  # "last", "mean" or "cls"
+    pooling: str  # "last", "mean" or "cls"; of no use for prompts
     dense: torch.nn.Module  # the layers after pooling; of most models none
     limit: int  # tokens of a text, at most
     max_tokens: int  # tokens of a forward pass, at most
@@ -277,7 +267,7 @@ class Row(NamedTuple):
     """A row of a batch: suffixes (token ids) that each continue the prefix (token ids)."""
     prefix: list
     suffixes: list
-    indices: list  # of the scores that the suffixes give, among all scores of a call
+    indices: list  # of each suffix: the number of its text, counted over all users of a call
 
 
 def user_texts(scorer, history, candidates):
@@ -286,7 +276,7 @@ def user_texts(scorer, history, candidates):
         return [fill(scorer.prompt["user"], history=history_text(scorer.prompt, history))]
     texts = candidate_prompts(scorer.prompt, history, candidates)
     mask = scorer.tokenizer.mask_token
-    if scorer.family == "masked" and mask not in scorer.prompt["prompt"]:  # the answer goes to its end
+    if scorer.family == "masked" and mask not in scorer.prompt["prompt"]:  # wording without a place for the answer
         texts = [text + mask for text in texts]
     return texts
 
@@ -346,10 +336,10 @@ def indices_of(rows):
 
 
 def rows_of(scorer, per_user):
-    """The texts of several users, [[token ids]], as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens.
+    """The texts of several users as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens.
 
-    A row holds one suffix at least; where the model must not pack, only one. Each text was tokenised whole, so the
-    result is that of separate texts, for any tokenizer.
+    per_user: of each user the texts, of each text the token ids. A row holds one suffix at least; where the model must
+    not pack, only one. Each text was tokenised whole, so the result is that of separate texts, for any tokenizer.
     """
     rows, index = [], 0
     for ids in per_user:
@@ -384,28 +374,28 @@ def fill_batches(scorer, rows):
 
 
 def lay_out(rows, pad):
-    """Rows as arrays (rows, longest): token ids, positions, segments; and (row, column) of each suffix's last token.
+    """Rows as arrays (rows, longest): token ids, positions, segments; and where suffixes end, (suffixes, 2).
 
-    Segments: 0 for the prefix, 1, 2, ... for the suffixes, -1 for padding. Positions restart after the prefix in every
-    suffix, as if it alone followed the prefix.
+    A suffix ends at the (row, column) of its last token. Segments: 0 for the prefix, 1, 2, ... for the suffixes, -1 for
+    padding. Positions restart after the prefix in every suffix, as if it alone followed the prefix.
     """
     shape = len(rows), max(map(row_length, rows))
     ids = np.full(shape, pad)
     positions = np.zeros(shape, int)
     segments = np.full(shape, -1)
-    answers = []
+    last = []
     for r, row in enumerate(rows):
         start = 0
         for number, tokens in enumerate([row.prefix, *row.suffixes]):
             end = start + len(tokens)
-            first = len(row.prefix) if number > 0 else 0
+            position = len(row.prefix) if number > 0 else 0
             ids[r, start:end] = tokens
-            positions[r, start:end] = np.arange(first, first + len(tokens))
+            positions[r, start:end] = np.arange(position, position + len(tokens))
             segments[r, start:end] = number
             if number > 0:
-                answers.append((r, end - 1))
+                last.append((r, end - 1))
             start = end
-    return ids, positions, segments, np.array(answers)
+    return ids, positions, segments, np.array(last)
 
 
 def packed_mask(segments):
@@ -422,21 +412,21 @@ def packed_mask(segments):
                                           f  1 1 . . 1 1
     """
     query, key = segments[:, :, None], segments[:, None, :]
-    same = (key == 0) | (key == query)
-    return same.tril()[:, None]
+    visible = (key == 0) | (key == query)  # padding sees the prefix, since a softmax over nothing is NaN
+    return visible.tril()[:, None]
 
 
 def model_inputs(scorer, rows):
-    """What a model is given, and (row, column) of the last token of each suffix, where decoder-only models answer."""
+    """What a model is given, and where suffixes end (see lay_out): there a decoder-only model answers."""
     device, dtype = scorer.model.device, scorer.model.dtype
-    ids, positions, segments, answers = lay_out(rows, scorer.pad)
+    ids, positions, segments, last = lay_out(rows, scorer.pad)
     segments = torch.tensor(segments, device=device)
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
     if scorer.layout == "packed":
-        hidden = ~packed_mask(segments)
-        inputs["attention_mask"] = hidden.to(dtype) * torch.finfo(dtype).min  # to add: eager and sdpa take it
+        blocked = ~packed_mask(segments)
+        inputs["attention_mask"] = blocked.to(dtype) * torch.finfo(dtype).min  # to be added: eager takes no boolean one
         inputs["position_ids"] = torch.tensor(positions, device=device)
-    return inputs, answers
+    return inputs, last
 
 
 def masked_inputs(scorer, rows):
@@ -444,7 +434,7 @@ def masked_inputs(scorer, rows):
     inputs, answers = model_inputs(scorer, rows)
     is_mask = inputs["input_ids"] == scorer.tokenizer.mask_token_id
     columns = torch.arange(is_mask.shape[1], device=is_mask.device)
-    answers[:, 1] = (is_mask * columns).argmax(1).cpu()
+    answers[:, 1] = (is_mask * columns).amax(1).cpu()  # the highest column that holds one
     return inputs, answers
 
 
@@ -538,7 +528,7 @@ def embed_rows(scorer, rows):
 
 def embed(scorer, ids):
     """Embeddings of texts (token ids), in their order: as embed_rows."""
-    rows = rows_of(scorer, [ids])  # a row per text: embeddings are never packed
+    rows = rows_of(scorer, [ids])  # as of one user: unpacked, a row is its text, whatever prefix is found
     return in_batches(scorer, rows, embed_rows)
 
 
@@ -662,8 +652,10 @@ def load_pretrained(args, name):
         pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
     limit = min(args.max_length, max_positions(model, tokenizer))
     max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
-    scorer = Scorer(name, model, tokenizer, args.type, family, "padded", prompt, args.chat_template, pooling,
-                    dense.to(device, torch.float64), limit, max_tokens, pad=tokenizer.pad_token_id or 0)
+    scorer = Scorer(
+        name=name, model=model, tokenizer=tokenizer, type=args.type, family=family, layout="padded", prompt=prompt,
+        chat_template=args.chat_template, pooling=pooling, dense=dense.to(device, torch.float64), limit=limit,
+        max_tokens=max_tokens, pad=tokenizer.pad_token_id or 0)
     check_model(scorer, info["missing_keys"])
     return scorer
 
@@ -671,7 +663,7 @@ def load_pretrained(args, name):
 def family_of(config):
     """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone denies it
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone says false
         return "seq2seq"
     saved_class = (config.architectures or [""])[0]
     if saved_class.endswith("WithLMHeadModel"):  # XLM and Flaubert: either
@@ -687,7 +679,7 @@ def check_model(scorer, missing):
     missing: names of the weights that its file lacks, which transformers then invents.
     """
     name, tokenizer = scorer.name, scorer.tokenizer
-    missing = [key for key in missing if "pooler" not in key]  # not used
+    missing = [key for key in missing if "pooler" not in key]  # scores use none
     if missing and scorer.type == "prompt":
         raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
     if missing:
@@ -695,10 +687,10 @@ def check_model(scorer, missing):
     tokens = tokenizer("yes item", add_special_tokens=False)["input_ids"]
     if not tokens or set(tokens) == {tokenizer.unk_token_id}:
         raise UserError(f"the tokenizer of {name} does not know the words 'yes' and 'item': are its files missing?")
-    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
+    vocabulary_size = scorer.model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
-    if highest >= embeddings:
-        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {embeddings}: "
+    if highest >= vocabulary_size:
+        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {vocabulary_size}: "
                         "they do not belong together")
     if scorer.type == "embed":
         return
@@ -730,6 +722,7 @@ def sentence_modules(name, pooling, default):
     """
     modules = read_model_file(name, "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    # in this order, each if it is there; "" without modules.json
     if not re.fullmatch("(Transformer(,Pooling)?(,Dense)*(,Normalize)?)?", ",".join(kinds)):
         raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
     dense = torch.nn.Sequential()
@@ -741,7 +734,7 @@ def sentence_modules(name, pooling, default):
             dense.append(load_dense(name, module["path"]))
     if pooling == "auto":
         pooling = default
-        say(f"{name}: pooling {pooling}, for want of sentence-transformers files (or of the hub: then see --pooling)")
+        say(f"{name}: pooling {pooling}, since there are no sentence-transformers files (hub out of reach? --pooling)")
     return pooling, dense
 
 
@@ -791,10 +784,10 @@ def tolerance(dtype, values):
     return share * (1 + float(values.abs().max()))
 
 
-def made_up_prompt(scorer, length, seed):
-    """Token ids of a prompt of this length, from all but the special tokens; a masked model's ends in its mask."""
-    embeddings = scorer.model.get_input_embeddings().weight.shape[0]
-    ordinary = np.delete(np.arange(embeddings), scorer.tokenizer.all_special_ids)
+def made_up_text(scorer, length, seed):
+    """Token ids of a text of this length, from all but the special tokens; a masked model's prompt ends in its mask."""
+    vocabulary_size = scorer.model.get_input_embeddings().weight.shape[0]
+    ordinary = np.delete(np.arange(vocabulary_size), scorer.tokenizer.all_special_ids)
     tokens = np.random.default_rng(seed).choice(ordinary, length).tolist()
     if scorer.family == "masked" and scorer.type == "prompt":
         tokens[-1] = scorer.tokenizer.mask_token_id
@@ -807,32 +800,33 @@ def cut_head(scorer):
     The model's own forward then gives logits (..., 2), with its soft-capping, scaling and bias. bfloat16 logits would
     tie, and ties distort AUC. Raises UserError where the two logits differ from those of the whole head.
     """
-    answers = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
-    rows = rows_of(scorer, [[made_up_prompt(scorer, 8, 0)]])
+    tokens = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
+    rows = rows_of(scorer, [[made_up_text(scorer, 8, 0)]])
     with torch.no_grad():
-        expected = answer_logits(scorer, rows)[:, answers]
-        replace_head(scorer.model, answers)
+        expected = answer_logits(scorer, rows)[:, tokens]
+        replace_head(scorer.model, tokens)
         cut = answer_logits(scorer, rows)
+    # of another shape where forward does not use the new head
     if cut.shape != expected.shape or (cut - expected).abs().max() > tolerance(scorer.model.dtype, expected):
         raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
 
 
-def replace_head(model, answers):
-    """The step of cut_head that changes the model."""
+def replace_head(model, tokens):
+    """Put a linear layer of two rows, those of the token ids `tokens`, in place of the LM head."""
     head = model.get_output_embeddings()
     dtype = torch.promote_types(head.weight.dtype, torch.float32)
     two = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=dtype)
-    two.weight.data = head.weight.data[answers].to(dtype)
+    two.weight.data = head.weight.data[tokens].to(dtype)
     two.bias.data.zero_()
     if getattr(head, "bias", None) is not None:
-        two.bias.data = head.bias.data[answers].to(dtype)
+        two.bias.data = head.bias.data[tokens].to(dtype)
     two.register_forward_pre_hook(cast_input)
     two.requires_grad_(False)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is head:  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
             model.set_submodule(path, two)
     if hasattr(model, "final_logits_bias"):  # BART adds it after the head
-        model.final_logits_bias = model.final_logits_bias[:, answers]
+        model.final_logits_bias = model.final_logits_bias[:, tokens]
 
 
 def cast_input(module, inputs):
@@ -841,7 +835,7 @@ def cast_input(module, inputs):
 
 
 def load_adapter(scorer, folder, trainable=False):
-    """The scorer with a run's LoRA adapter (float32 at least) on its model.
+    """The scorer with a run's LoRA adapter on its model; peft keeps adapters in float32 at least.
 
     Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
     """
@@ -888,27 +882,28 @@ def packing_fault(scorer):
         window = getattr(config, key, None)
         if window and window < scorer.limit:  # the mask of a packed row holds no window
             return f"its attention window ({window}) is shorter than a prompt may be ({scorer.limit})"
-    prompts = long_row(scorer)
-    other_first = prompts[0][:-1] + made_up_prompt(scorer, 1, 0)  # another token in the first suffix
+    prompts = prompts_of_a_row(scorer)
+    changed = [prompts[0][:-1] + made_up_text(scorer, 1, 0), *prompts[1:]]  # another token in the first suffix
     packed = scorer._replace(layout="packed", max_tokens=math.inf)  # all in one row
-    alone, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
-    counted = torch.arange(len(prompts[0]), device=scorer.model.device)[None]
+    inputs, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
+    from_0 = torch.arange(len(prompts[0]), device=scorer.model.device)[None]
     try:
         with torch.no_grad():
-            own_positions = scorer.model(**alone).logits
-            from_0 = scorer.model(**alone, position_ids=counted).logits
+            logits = scorer.model(**inputs).logits
+            logits_from_0 = scorer.model(**inputs, position_ids=from_0).logits
         scores = scores_or_embeddings(packed, prompts)
-        scores_after_change = scores_or_embeddings(packed, [other_first, *prompts[1:]])
-    except torch.OutOfMemoryError:
+        scores_changed = scores_or_embeddings(packed, changed)
+    except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         return f"its forward does not take the mask of packed rows ({type(error).__name__})"
-    if not torch.equal(own_positions, from_0):
-        return "it does not count positions from 0"  # RoBERTa
-    # (1) leak: the scores of the other suffixes must not move by a single bit
-    if (scores_after_change[1:] != scores[1:]).any():
+    # (1) its own positions must count from 0, as those of packed rows do (RoBERTa's do not)
+    if not torch.equal(logits, logits_from_0):
+        return "it does not count positions from 0"
+    # (2) leak: the scores of the other suffixes must not move by a single bit
+    if (scores_changed[1:] != scores[1:]).any():
         return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
-    # (2) positions: packed scores must be those of separate prompts
+    # (3) positions: packed scores must be those of separate prompts
     separate = scores_or_embeddings(scorer, [prompts[0], prompts[-1]])  # beside the prefix and far from it
     difference = (scores[[0, -1]] - separate).abs().max()
     if difference > tolerance(scorer.model.dtype, separate):
@@ -916,39 +911,41 @@ def packing_fault(scorer):
     return None
 
 
-def long_row(scorer):
+def prompts_of_a_row(scorer):
     """Made-up prompts of one user, as many as fill a forward pass in one row, two at least.
 
     As in real rows, suffixes are short and, since the prefix is long, some stand far from it. The first is one token.
     """
-    prefix = made_up_prompt(scorer, max(1, scorer.limit // 2), 0)
+    prefix = made_up_text(scorer, max(1, scorer.limit // 2), 0)
     lengths = [1, 4, 16, 64]  # of titles, and one longer
     prompts, size = [], len(prefix)
     while size < scorer.max_tokens or len(prompts) < 2:
         length = min(lengths[len(prompts) % 4], max(1, scorer.limit - len(prefix)))
-        prompts.append(prefix + made_up_prompt(scorer, length, len(prompts) + 1))
+        prompts.append(prefix + made_up_text(scorer, length, len(prompts) + 1))
         size += length
     return prompts
 
 
 def padding_changes(scorer):
-    """Whether a text's score or embedding changes when a longer text stands beside it in the batch."""
-    long = made_up_prompt(scorer, min(scorer.limit, 1024), 0)
+    """Whether a text's score or embedding changes when a longer text stands beside it in the batch.
+
+    Raises UserError where a second run of the same text gives another one, or NaN.
+    """
+    long = made_up_text(scorer, min(scorer.limit, 1024), 0)
     if not torch.equal(scores_or_embeddings(scorer, [long]), scores_or_embeddings(scorer, [long])):
-        raise UserError(f"model {scorer.name} gives NaN, or different scores on each run, so they mean nothing: "
+        raise UserError(f"model {scorer.name} gives NaN, or another score on a second run, so they mean nothing: "
                         "try --dtype float32")
-    lengths = [len(long) // 2, len(long) // 16, 3]  # little padding, much, and a text of a word or two
+    lengths = [len(long) // 2, len(long) // 16]  # little padding, and much
     if scorer.type == "embed":
-        lengths.reverse()  # such texts are titles, which some models (Funnel) cannot run: that shows first
+        lengths.insert(0, 3)  # a title; first, since a model that cannot run one (Funnel) has to fail here
     for length in lengths:
-        short = made_up_prompt(scorer, max(2, length), 1)
+        short = made_up_text(scorer, max(2, length), 1)
         alone = scores_or_embeddings(scorer, [short])
-        # the padding's content must not be felt at all, its length by no more than rounding
         beside = scores_or_embeddings(scorer, [short, long])[0]
-        other_pad = scorer._replace(pad=long[0])
-        if not torch.equal(beside, scores_or_embeddings(other_pad, [short, long])[0]):
+        beside_other_pad = scores_or_embeddings(scorer._replace(pad=long[0]), [short, long])[0]
+        if not torch.equal(beside, beside_other_pad):  # the padding's content must not be felt at all
             return True
-        if (alone[0] - beside).norm() > tolerance(scorer.model.dtype, alone):  # of a score, its size
+        if (alone[0] - beside).norm() > tolerance(scorer.model.dtype, alone):  # nor its length, but for rounding
             return True
     return False
 
@@ -961,11 +958,11 @@ def scores_or_embeddings(scorer, ids):
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
-# Each is a function of ONE user's scores (higher is better) and labels (0 or 1): float and int arrays (candidates,).
-# The result is the mean over users who have a positive, and for AUC a negative. Only the metric "auc" is none of these:
-# it is the AUC over the samples of all users (weighted_auc), and the mean of the function auc is "group_auc". Where
-# scores tie, all but lrap are the expected value over random order of the tied ones (McSherry & Najork 2008), so a
-# constant scorer gets chance level and never the luck of the sort.
+# Each is a function of ONE user's scores (higher is better) and labels (0 or 1), at least one of them 1: float and int
+# arrays (candidates,). The result is the mean over such users; "group_auc" is the mean of auc over those who have a
+# negative, too. Only the metric "auc" is no mean: it is auc of the samples of all users at once (see weighted_auc).
+# Where scores tie, all but lrap are the expected value over random order of the tied ones (McSherry & Najork 2008), so
+# a constant scorer gets chance level and never the luck of the sort.
 
 
 def auc(scores, labels):
@@ -1004,17 +1001,15 @@ def first_positive(scores, labels):
     """(ranks, probabilities): where the first positive may stand under random order of ties.
 
     With p positives among the g candidates that tie at the top positive's score, the first positive comes j-th among
-    them with probability C(g - j, p - 1) / C(g, p).
+    them with probability C(g - j, p - 1) / C(g, p): the other p - 1 are among the g - j behind it.
     """
     top = scores[labels == 1].max()
-    tied = ranks_of(top, scores)
-    positives = int(labels[scores == top].sum())
-    ranks = tied[:len(tied) - positives + 1]
-    ways = math.comb(len(tied), positives)
+    ranks = ranks_of(top, scores)
+    g, p = len(ranks), int(labels[scores == top].sum())
     chances = []
-    for j in range(1, len(ranks) + 1):
-        chances.append(math.comb(len(tied) - j, positives - 1) / ways)
-    return ranks, np.array(chances)
+    for j in range(1, g - p + 2):  # at the latest, all other candidates come before
+        chances.append(math.comb(g - j, p - 1) / math.comb(g, p))
+    return ranks[:len(chances)], np.array(chances)
 
 
 def mrr(scores, labels):
@@ -1032,7 +1027,7 @@ def hit(scores, labels, k):
 def lrap(scores, labels):
     """Label-ranking average precision: the mean over positives of the share of positives among what scores as high.
 
-    As scikit-learn's, pessimistic where scores tie. The authors' code prints it under the name MRR.
+    As scikit-learn's, pessimistic where scores tie.
     """
     precisions = []
     for score in scores[labels == 1]:
@@ -1041,8 +1036,9 @@ def lrap(scores, labels):
     return np.mean(precisions)
 
 
+# group_auc is GAUC in the authors' code, lrap MRR
 METRIC_NAMES = ["auc", "group_auc", "ndcg@1", "ndcg@5", "ndcg@10", "mrr", "lrap", "hit@1", "hit@5", "hit@10"]
-USER_METRICS = {"group_auc": auc, "ndcg": ndcg, "mrr": mrr, "lrap": lrap, "hit": hit}  # GAUC in the authors' code
+USER_METRICS = {"group_auc": auc, "ndcg": ndcg, "mrr": mrr, "lrap": lrap, "hit": hit}
 
 
 def user_metric(name, scores, labels):
@@ -1057,20 +1053,6 @@ def user_metric(name, scores, labels):
 def metric_per_user(name, users):
     """A metric of each of the users, [(scores, labels)]: an array (users,), NaN where a user does not count."""
     return np.array([user_metric(name, scores, labels) for scores, labels in users])
-
-
-def mean_metric(name, users):
-    """One of METRIC_NAMES over users, [(scores, labels)]: a float, NaN where it is undefined for all."""
-    return float(bootstrap(name, users, draws=0)[0])
-
-
-def weighted_mean(values, times):
-    """The mean of values (users,) without NaN entries, each user counted so many times; NaN where none counts."""
-    counted = ~np.isnan(values)
-    total = times[counted].sum()
-    if not total:
-        return math.nan
-    return values[counted] @ times[counted] / total
 
 
 def reciprocal_rank_average(table, k):
@@ -1094,7 +1076,7 @@ def reciprocal_rank_average(table, k):
         for source, value in column.items():
             ranks = ranks_of(value, values)
             terms[source].append(np.mean((ranks <= k) / ranks))
-    return {source: float(np.mean(values)) if values else None for source, values in terms.items()}
+    return {source: float(np.mean(found)) if found else None for source, found in terms.items()}
 
 # ------------------------------------------------------------------------------------------------------- intervals
 
@@ -1123,19 +1105,28 @@ def bootstrap(name, users, draws=1000, seed=0):
     return np.array(result)
 
 
+def weighted_mean(values, times):
+    """The mean of values (users,) without NaN entries, each user counted so many times; NaN where none counts."""
+    counted = ~np.isnan(values)
+    total = times[counted].sum()
+    if not total:
+        return math.nan
+    return values[counted] @ times[counted] / total
+
+
 def all_samples(users):
-    """(user, label, group) of the samples of all users: arrays (samples,); group 0 has the lowest score, 1 the next."""
+    """(user, label, level) of the samples of all users: arrays (samples,); level 0 is the lowest score, 1 the next."""
     user = np.repeat(np.arange(len(users)), [len(scores) for scores, _ in users])
     label = np.concatenate([labels for _, labels in users])
-    _, group = np.unique(np.concatenate([scores for scores, _ in users]), return_inverse=True)
-    return user, label, group
+    _, level = np.unique(np.concatenate([scores for scores, _ in users]), return_inverse=True)
+    return user, label, level
 
 
 def weighted_auc(samples, times):
-    """AUC over all samples, each counted as often as its user, times (users,); auc's sums, by group of one score."""
-    user, label, group = samples
-    positives = np.bincount(group, times[user] * label)
-    negatives = np.bincount(group, times[user] * (1 - label))
+    """AUC over all samples, each counted as often as its user, times (users,): the sums of auc, level by level."""
+    user, label, level = samples
+    positives = np.bincount(level, times[user] * label)
+    negatives = np.bincount(level, times[user] * (1 - label))
     pairs = positives.sum() * negatives.sum()
     if not pairs:
         return math.nan
@@ -1143,21 +1134,26 @@ def weighted_auc(samples, times):
     return positives @ (below + negatives / 2) / pairs
 
 
-def estimate(drawn):
+def mean_metric(name, users):
+    """One of METRIC_NAMES over users, [(scores, labels)]: a float, NaN where it is undefined for all."""
+    return float(bootstrap(name, users, draws=0)[0])
+
+
+def estimate(values):
     """{"value": float, "ci": [low, high] or None} of what bootstrap returns; None where the metric is undefined.
 
-    The 95% percentile interval leaves out draws without a value. Of the difference of two models' draws it is paired:
-    they differ where it excludes 0. It covers the choice of users, not the luck of a training run.
+    The 95% percentile interval leaves out draws without a value. Given the difference of two models' arrays, it is
+    paired: the models differ where it excludes 0. It covers the choice of users, not the luck of a training run.
     """
-    if math.isnan(drawn[0]):
+    if math.isnan(values[0]):
         return None
-    draws = drawn[1:][~np.isnan(drawn[1:])]
+    draws = values[1:][~np.isnan(values[1:])]
     interval = np.quantile(draws, [0.025, 0.975]).tolist() if len(draws) else None
-    return {"value": float(drawn[0]), "ci": interval}
+    return {"value": float(values[0]), "ci": interval}
 
 
 def evaluate_users(users, draws=1000, seed=0):
-    """All metrics of users, [(scores, labels)]: {metric: value, "ci": {metric: [low, high]}, "users_counted": ...}.
+    """All metrics of users, [(scores, labels)]: {metric: value, "ci": {metric: [low, high]}, "users_counted": {...}}.
 
     None where a metric or interval is undefined, so the result is plain JSON.
     """
@@ -1236,7 +1232,7 @@ def read_meta(data, name):
     return meta
 
 
-def check_datasets(names, data, split):
+def check_datasets(data, names, split):
     """{name: meta.json} of datasets, each prepared and with this split; repeats are merged. Raises UserError."""
     metas = {}
     for name in names:
@@ -1329,6 +1325,19 @@ def user_fault(user, items):
     return None
 
 
+def items_of(users):
+    """The ids of the items of users, sorted."""
+    ids = set()
+    for user in users:
+        ids.update(user["history"], user["candidates"])
+    return sorted(ids)
+
+
+def count_long_texts(users, items):
+    """How many of the items of users have a text that with_texts cuts."""
+    return sum(len(items[item]) > TEXT_LIMIT for item in items_of(users))
+
+
 def folder_sha256(folder, pattern="**/*"):
     """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples.
 
@@ -1340,7 +1349,7 @@ def folder_sha256(folder, pattern="**/*"):
             size = path.stat().st_size
             content.update(f"{path.relative_to(folder)} {size}\n".encode())
             with open(path, "rb") as file:
-                for part in range(64):
+                for part in range(64):  # of 16 KiB
                     file.seek(size * part // 64)
                     content.update(file.read(2**14))
     return content.hexdigest()
@@ -1357,35 +1366,18 @@ def model_identity(model):
     return f"sha256 {folder_sha256(name)}" if Path(name).is_dir() else name
 
 
-def job_of(args, free):
+def job_of(args, ignored):
     """What an output is made of: a dict of the arguments and of what prompt, dtype and model mean.
 
-    Without the arguments that change results by rounding at most: those named here and in `free`.
+    Left out are arguments that change nothing or no more than rounding, those named here and in `ignored`. What is in
+    the folder --data changes results: callers add its data_sha256.
     """
-    free = ("data", "out", "device", "overwrite", "trust_remote_code", "max_tokens", *free)
-    job = {key: value for key, value in vars(args).items() if key not in free}
+    ignored = ("data", "out", "device", "overwrite", "trust_remote_code", "max_tokens", *ignored)
+    job = {key: value for key, value in vars(args).items() if key not in ignored}
     job["prompt"] = load_prompt(args.prompt)
-    job["dtype"] = placement(args)[1]
+    _, job["dtype"] = placement(args)
     job["model"] = model_identity(args.model)
     return job
-
-
-def job_status(place, job, found, finished):
-    """What to do about an output at `place`: "start", "continue" or "finished".
-
-    found: the job that stands beside what is there, {} where there is none, None where there is nothing at all. Raises
-    UserError where that is another job.
-    """
-    if found is None:
-        return "start"
-    if not found:
-        raise UserError(f"{place} was not made by this script, or parts of it are gone: "
-                        "choose another --out or give --overwrite")
-    changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
-    if changed:
-        raise UserError(f"{place} was made with a different {', '.join(changed)}: "
-                        "choose another --out or give --overwrite")
-    return "finished" if finished else "continue"
 
 
 def job_in(path):
@@ -1398,6 +1390,23 @@ def job_in(path):
         return dict(json.loads(text)["job"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def job_status(path, job, found, finished):
+    """What to do about an output at `path`: "start", "continue" or "finished".
+
+    found: what job_in gives for what stands there. Raises UserError where that is another job, or none.
+    """
+    if found is None:
+        return "start"
+    if not found:
+        raise UserError(f"{path} was not made by this script, or parts of it are gone: "
+                        "choose another --out or give --overwrite")
+    changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
+    if changed:
+        raise UserError(f"{path} was made with a different {', '.join(changed)}: "
+                        "choose another --out or give --overwrite")
+    return "finished" if finished else "continue"
 
 
 def read_run(folder, args):
@@ -1432,7 +1441,7 @@ def peak_memory_gb(device):
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS says bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 

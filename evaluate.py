@@ -8,8 +8,8 @@
         --against results/zero-shot                                                (does the history matter?)
 
 For each dataset it writes OUT/<dataset>.json (metrics, intervals, cost) and OUT/<dataset>.scores.jsonl: a line that
-says how the scores were made, then a line per user, {"user": ..., "scores": [...], "labels": [...]}. A killed run
-continues by the same command, without --overwrite.
+says how the scores were made, then a line per user, {"user": ..., "scores": [...], "labels": [...]}, with "dropped"
+where items of the history did not fit. A killed run continues by the same command, without --overwrite.
 """
 import json
 import math
@@ -56,7 +56,7 @@ def main(argv=None):
     if args.adapter:
         say_warnings(args, run, metas)
     jobs = {name: job_of(args, name) for name in metas}
-    statuses = {name: status_of(args, name, job) for name, job in jobs.items()}  # a file in the way is said now
+    statuses = {name: status_of(args, name, job) for name, job in jobs.items()}  # raises where a file is in the way
     compared = check_against(args, jobs) if args.against else []
     scorer = None  # baselines have none
     results = []
@@ -73,12 +73,12 @@ def main(argv=None):
                 if args.adapter:
                     scorer = common.load_adapter(scorer, args.adapter)
             cost = score_users(args, name, users, items, scorer, jobs[name], status)
-            finish(args, name, users, items, scorer, jobs[name], cost)
+            write_result(args, name, users, items, scorer, jobs[name], cost)
         results.append(common.read_json(path))
     domains = {**common.domains_of(metas), **run["domains"]}
     print(table(results, run["train_chain"], domains))
     if compared:
-        print("\n" + against(args, compared))
+        print("\n" + paired_differences(args, compared))
 
 # ------------------------------------------------------------------------------------------------ before scoring
 
@@ -93,7 +93,7 @@ def check_tests(args):
         missing = [name for name, row in common.DATASETS.items() if row.test and name not in names]
         if missing and set(names) & set(common.DATASETS):
             say(f"not prepared, so not evaluated: {', '.join(missing)}")
-    return common.check_datasets(names, args.data, args.split)
+    return common.check_datasets(args.data, names, args.split)
 
 
 def say_warnings(args, run, names):
@@ -154,6 +154,20 @@ def check_against(args, jobs):
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
+def with_other_histories(name, users):
+    """Each user with the history of the next one, whom "history_of" names; the user's own candidates are left out.
+
+    A model that personalises loses by it, one that only knows what is popular does not. Raises UserError for one user.
+    """
+    if len(users) == 1:
+        raise UserError(f"{name}: --history other needs another user, and there is only one")
+    others = []
+    for user, other in zip(users, [*users[1:], users[0]]):
+        history = [item for item in other["history"] if item not in user["candidates"]]
+        others.append({**user, "history": history, "history_of": other["user"]})
+    return others
+
+
 def score_users(args, name, users, items, scorer, job, status):
     """Write the scores file: the job, then a line per user, appended as they are scored. Returns what it took.
 
@@ -162,26 +176,26 @@ def score_users(args, name, users, items, scorer, job, status):
     started = time.perf_counter()
     path = scores_path(args.out, name)
     done = max(0, cut_torn_line(path) - 1) if status == "continue" else 0  # the first line is the job
-    # users per chunk: about four forward passes where a user's row has 1,000 tokens, so a kill loses some seconds
-    chunk = max(1, scorer.max_tokens // 256) if scorer else 256
+    # about four forward passes where a user's row has 1,000 tokens: a kill loses some seconds
+    chunk_size = max(1, scorer.max_tokens // 256) if scorer else 256
     chosen_by = None if scorer else read_choices(args, name)
     known = {}  # embeddings of items
     cost = {"tokens_scored": 0, "tokens_unpacked": 0}
     progress = tqdm(total=len(users), initial=done, desc=name, unit="user")
-    for start in range(done, len(users), chunk):
-        batch = users[start:start + chunk]
+    for start in range(done, len(users), chunk_size):
+        chunk = users[start:start + chunk_size]
         if scorer:
-            scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in batch], known)
+            scores, took = common.scores_of(scorer, [common.with_texts(user, items) for user in chunk], known)
         else:
-            scores = baseline_scores(args, name, batch, chosen_by)
-            took = {"dropped": [0] * len(batch)}
-        lines = score_lines(name, batch, scores, took["dropped"])
+            scores = baseline_scores(args, name, chunk, chosen_by)
+            took = {"dropped": [0] * len(chunk)}
+        lines = score_lines(name, chunk, scores, took["dropped"])
         if start == 0:  # the first scores are there: only now does an older result go
             result_path(args.out, name).unlink(missing_ok=True)
             common.write_atomically(path, json.dumps({"job": job, "users": len(users)}) + "\n")
         with open(path, "a", encoding="utf-8") as file:
             file.write(lines)
-        progress.update(len(batch))
+        progress.update(len(chunk))
         for key in cost:
             cost[key] += took.get(key, 0)
     progress.close()
@@ -198,24 +212,10 @@ def cut_torn_line(path):
     return content.count(b"\n")
 
 
-def with_other_histories(name, users):
-    """Each user with the history of the next one; items that are among the user's candidates are left out.
-
-    A model that personalises loses by it, one that only knows what is popular does not. Raises UserError for one user.
-    """
-    if len(users) == 1:
-        raise UserError(f"{name}: --history other needs another user, and there is only one")
-    others = []
-    for user, other in zip(users, [*users[1:], users[0]]):
-        history = [item for item in other["history"] if item not in user["candidates"]]
-        others.append({**user, "history": history, "history_of": other["user"]})
-    return others
-
-
-def score_lines(name, batch, scores, dropped):
+def score_lines(name, users, scores, dropped):
     """The lines of users in the scores file. Raises UserError where a score is no number."""
     lines = ""
-    for user, values, cut in zip(batch, scores, dropped):
+    for user, values, cut in zip(users, scores, dropped):
         if not np.isfinite(values).all():
             raise UserError(f"{name}: scores of user {user['user']} are NaN or infinite; try --dtype float32")
         line = {"user": user["user"], "scores": values.tolist(), "labels": user["labels"]}
@@ -225,7 +225,7 @@ def score_lines(name, batch, scores, dropped):
     return lines
 
 
-def finish(args, name, users, items, scorer, job, cost):
+def write_result(args, name, users, items, scorer, job, cost):
     """Compute the metrics of a whole scores file and write the result."""
     scored, histories_cut = read_scores(scores_path(args.out, name))
     labels = np.concatenate([labels for _, labels in scored])
@@ -285,64 +285,68 @@ def read_scores(path):
 def read_choices(args, name):
     """{item: names of the users who chose it}, as a positive or in their history, in the training split.
 
-    Where there is no training split, or where it is the one to score, the histories alone of the scored split count.
+    Without a training split, or when it is the one to score: in the histories of the scored split, not by its labels.
     """
-    other_split = args.split != "train" and Path(args.data, name, "train.jsonl").exists()
-    users, _ = common.read_users(args.data, name, "train" if other_split else args.split)
+    has_train = args.split != "train" and Path(args.data, name, "train.jsonl").exists()
+    users, _ = common.read_users(args.data, name, "train" if has_train else args.split)
     chosen_by = defaultdict(set)
     for user in users:
         for item in user["history"]:
             chosen_by[item].add(user["user"])
         for item, label in zip(user["candidates"], user["labels"]):
-            if label and other_split:
+            if label and has_train:
                 chosen_by[item].add(user["user"])
     return chosen_by
 
 
 def baseline_scores(args, name, users, chosen_by):
-    """Scores without a model, [float64 (candidates,) per user].
-
-    The choices of a user, and of whom the history is taken from, never count for that user.
-
-    random: uniform on [0, 1). popularity: by how many users the item was chosen. itemknn: sum over the history's items
-    h of n(h, c) / sqrt(n(h) n(c)), n counting the users who chose the item, or both (Sarwar et al. 2001).
-    """
+    """Scores without a model, [float64 (candidates,) per user]. chosen_by: {item: names of users}."""
     all_scores = []
     for user in users:
-        scores, own = [], {user["user"], user.get("history_of")}
+        own = {user["user"], user.get("history_of")}  # their choices never count
+        scores = []
         for candidate in user["candidates"]:
-            fans = chosen_by[candidate] - own
-            score = 0.0
-            if args.model == "random":
+            if args.model == "random":  # uniform on [0, 1)
                 score = common.digest(args.seed, name, user["user"], "random", candidate) / 2**64
             elif args.model == "popularity":
-                score = len(fans)
+                score = len(chosen_by[candidate] - own)
             else:
-                for item in user["history"]:
-                    others = chosen_by[item] - own
-                    both = len(fans & others)
-                    if both:
-                        score += both / math.sqrt(len(fans) * len(others))
+                score = itemknn(user["history"], candidate, chosen_by, own)
             scores.append(score)
         all_scores.append(np.array(scores, float))
     return all_scores
 
+
+def itemknn(history, candidate, chosen_by, own):
+    """Sum over the history's items h of n(h, c) / sqrt(n(h) n(c)) for the candidate c (Sarwar et al. 2001).
+
+    n counts the users, without those in `own`, who chose the item, or both. chosen_by: {item: names of users}.
+    """
+    score = 0.0
+    fans = chosen_by[candidate] - own
+    for item in history:
+        others = chosen_by[item] - own
+        both = len(fans & others)
+        if both:
+            score += both / math.sqrt(len(fans) * len(others))
+    return score
+
 # -------------------------------------------------------------------------------------------------------- tables
 
 
-def show(found, sign=""):
-    """An estimate (see common.estimate) with its interval, "-" where it is undefined."""
-    if not found or found["ci"] is None:
+def show(estimate, sign=""):
+    """An estimate (see common.estimate) with its interval, "-" where it is undefined. sign: "+" marks positive ones."""
+    if not estimate or estimate["ci"] is None:
         return "-"
-    low, high = found["ci"]
-    return f"{found['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    low, high = estimate["ci"]
+    return f"{estimate['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def table(results, train, domains):
-    """The results as a Markdown table, with the main metrics. train: what the model was trained on."""
+def table(results, train_chain, domains):
+    """The results as a Markdown table, with the main metrics. train_chain: the datasets the model has seen."""
     rows = [["dataset", "setting", "users", "samples", *SHOWN, "samples/s"]]
     for result in results:
-        setting = common.setting_of(train, result["dataset"], domains)
+        setting = common.setting_of(train_chain, result["dataset"], domains)
         if result["model"] in BASELINES:
             setting = "-"
         row = [result["dataset"], setting, str(result["n_users"]), str(result["n_samples"])]
@@ -353,7 +357,7 @@ def table(results, train, domains):
     return f"{common.markdown_table(rows)}\n{note}"
 
 
-def against(args, names):
+def paired_differences(args, names):
     """The paired differences on these datasets from the results in --against, as a Markdown table."""
     rows = [[f"difference from {args.against}", "users", *SHOWN]]
     for name in names:

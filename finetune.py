@@ -27,7 +27,8 @@ from tqdm import tqdm
 import common
 from common import UserError, say
 
-CHUNK_SIZE = 10  # candidates of one user that are shuffled as one, to share a packed row; a batch's end may cut them
+CHUNK_SIZE = 10  # candidates of one user that stay together in shuffling, to share a packed row
+UNSTABLE = 0.05  # training is called so where the validation metric falls by more between two evaluations
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's format
 
 
@@ -71,7 +72,9 @@ def main(argv=None):
     args = arguments(argv)
     join_processes(args)
     chain = chain_of(args)
-    test_sets = common.check_datasets(common.prepared(args.data, "test"), args.data, "test")
+    adopt_lora_shape(args)
+    # for the report, but now: a meta.json that is broken should not stop it after hours
+    test_sets = common.check_datasets(args.data, common.prepared(args.data, "test"), "test")
     job = job_of(args)
     status, state = status_of(args, job)
     if status == "finished":
@@ -113,7 +116,8 @@ def main(argv=None):
 def fine_tune(args, scorer, train, valid, state, job):
     """Train the adapter of the scorer's model until validation stops improving. Returns the state at the end (a dict).
 
-    train: [(token ids of a user's texts, labels)]; valid: {dataset: users}; state: that of a killed run, or None.
+    train: [(token ids of a user's texts, labels)]; valid: {dataset: users}; state: what save_state wrote before the run
+    was killed, or None.
     """
     parameters = trained_parameters(scorer)
     optimizer = torch.optim.Adam(parameters, lr=args.lr)
@@ -127,15 +131,15 @@ def fine_tune(args, scorer, train, valid, state, job):
             "seconds": 0.0,  # of steps, without validation
             "curve": [],  # evaluations: step, metric by dataset, their mean
             "log": [],  # the lines of log.jsonl: of every step and evaluation
-            "best": None,  # of the curve
+            "best": None,  # point of the curve
             "best_parameters": None,
             "evaluations_since_best": 0}
-        record(args, state, parameters, validate(args, scorer, valid))  # where it starts: what comes must beat it
+        record(args, state, parameters, validate(args, scorer, valid))  # the start, which training must beat
     else:
         set_parameters(parameters, state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {args.out} after step {state['steps']}")
-    save_state(args, state, parameters, optimizer, job)  # after a restart, too: a kill may have come before its log
+    save_state(args, state, parameters, optimizer, job)  # also after a restart: log.jsonl may lag behind state.pt
 
     batches = None
     rank, _ = processes()
@@ -213,12 +217,12 @@ def train_step(scorer, optimizer, train, batch):
     scorer.model.train()
     optimizer.zero_grad()
     mean_loss, total_tokens = 0.0, 0
-    for loss, tokens in losses(scorer, by_user(train, share)):  # of one part after the other, to save memory
+    for loss, tokens in losses(scorer, by_user(train, share)):  # part by part, to save memory
         if not loss.requires_grad:
             raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
-        loss = loss / len(batch)
-        loss.backward()
-        mean_loss += loss.item()
+        share_of_mean = loss / len(batch)
+        share_of_mean.backward()  # adds to the gradients
+        mean_loss += share_of_mean.item()
         total_tokens += tokens
     if world > 1:
         total = torch.tensor([mean_loss, total_tokens], dtype=torch.float64, device=scorer.model.device)
@@ -229,11 +233,11 @@ def train_step(scorer, optimizer, train, batch):
 
 
 def by_user(train, samples):
-    """The texts and labels of samples, user by user, as they stand in train: a user's prompts share a row."""
+    """Samples, (index of user, of candidate), in the form of train, user by user: a user's prompts share a row."""
     users = {}
     for user, candidate in samples:
         ids, labels = train[user]
-        first = len(ids) - len(labels)  # of the candidates' texts: for embeddings, the history comes before them
+        first = len(ids) - len(labels)  # of the candidates' texts: 0, or 1 after the history (embeddings)
         own_ids, own_labels = users.setdefault(user, (ids[:first], []))
         own_ids.append(ids[first + candidate])
         own_labels.append(labels[candidate])
@@ -320,9 +324,9 @@ def record(args, state, parameters, by_dataset):
 
 
 def unstable(curve):
-    """Whether the validation metric fell by more than 0.05 from one evaluation to the next."""
+    """Whether the validation metric fell by more than UNSTABLE from one evaluation to the next."""
     means = [point["mean"] for point in curve]
-    return any(before - after > 0.05 for before, after in zip(means, means[1:]))
+    return any(before - after > UNSTABLE for before, after in zip(means, means[1:]))
 
 # ---------------------------------------------------------------------------------------------------- data and adapter
 
@@ -330,16 +334,11 @@ def unstable(curve):
 def chain_of(args):
     """What the adapter will have seen, with the runs that --init-adapter continues: datasets and their domains.
 
-    The shape of that adapter then stands in the LoRA flags, so that job and run.json hold what is trained. Raises
-    UserError where a dataset or the earlier run is missing.
+    Raises UserError where a dataset or the earlier run is missing.
     """
     earlier = common.read_run(args.init_adapter, args)
-    if args.init_adapter:
-        shape = common.read_json(Path(args.init_adapter, "adapter_config.json"))
-        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
-        args.lora_targets = shape["target_modules"]
-    metas = common.check_datasets(args.train, args.data, "train")
-    common.check_datasets(args.valid, args.data, "valid")
+    metas = common.check_datasets(args.data, args.train, "train")
+    common.check_datasets(args.data, args.valid, "valid")
     domains = earlier["domains"]
     for name, meta in metas.items():
         domains[name] = meta["domain"]
@@ -347,6 +346,14 @@ def chain_of(args):
         "train_chain": list(dict.fromkeys(earlier["train_chain"] + args.train)),  # none twice
         "valid_chain": list(dict.fromkeys(earlier["valid_chain"] + args.valid)),
         "domains": domains}
+
+
+def adopt_lora_shape(args):
+    """Put the shape of the adapter of --init-adapter into the LoRA flags: job and run.json say what is trained."""
+    if args.init_adapter:
+        shape = common.read_json(Path(args.init_adapter, ADAPTER_FILES[0]))
+        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
+        args.lora_targets = shape["target_modules"]
 
 
 def read_valid(args):
@@ -392,8 +399,10 @@ def add_lora(args, scorer):
         say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
         return common.load_adapter(scorer, args.init_adapter, trainable=True)
     targets = args.lora_targets or default_targets(scorer)
+    if targets == ["all-linear"]:
+        targets = "all-linear"  # peft takes this one as a string
     config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-                             target_modules="all-linear" if targets == ["all-linear"] else targets)
+                             target_modules=targets)
     try:
         model = peft.get_peft_model(scorer.model, config).eval()
     except ValueError as error:
@@ -464,7 +473,7 @@ def save_state(args, state, parameters, optimizer, job):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.save(saved, f"{path}.tmp")
-    except RuntimeError as error:  # torch's word for a full disk
+    except RuntimeError as error:  # so torch reports a full disk
         raise UserError(f"{path} cannot be written: {error}") from None
     os.replace(f"{path}.tmp", path)
     lines = [json.dumps(line) + "\n" for line in state["log"]]
@@ -474,10 +483,10 @@ def save_state(args, state, parameters, optimizer, job):
 def save_run(args, scorer, run):
     """Write the adapter in peft's format and, when it is whole, run.json."""
     config = scorer.model.peft_config["default"]
-    config.target_modules = sorted(config.target_modules)  # of a set: the order, and so the file, would vary
+    config.target_modules = sorted(config.target_modules)  # peft keeps a set: the order, and so the file, would vary
     temporary = Path(args.out, "adapter.tmp")
     scorer.model.save_pretrained(temporary, save_embedding_layers=False)
-    Path(args.out, "run.json").unlink(missing_ok=True)  # of the run that is replaced: only now is there another
+    Path(args.out, "run.json").unlink(missing_ok=True)  # the old run's: from here on the new one replaces it
     for name in ADAPTER_FILES:
         os.replace(temporary / name, Path(args.out, name))
     shutil.rmtree(temporary)
@@ -493,7 +502,7 @@ def report(args, run, test_sets):
     if not run["beats_base"]:
         print("no evaluation beat the one before the first step: the saved adapter is the initial one")
     if run["unstable"]:
-        print("unstable training: the validation metric fell by more than 0.05 between evaluations; try a lower --lr")
+        print(f"unstable training: validation fell by more than {UNSTABLE} between evaluations; try a lower --lr")
     domains = {**common.domains_of(test_sets), **run["domains"]}
     for letter, meaning in common.SETTINGS.items():
         names = [name for name in test_sets if common.setting_of(run["train_chain"], name, domains) == letter]

@@ -9,11 +9,13 @@
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
 Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line per user {"user",
-"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (what was read; what was dropped and why,
-first over whole files, then over the users examined to reach the sizes; sha256).
+"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (rows read, malformed,
+dropped and why; sha256). Unusable rows are counted over whole files, unusable users and candidates among those users
+that were examined to reach the sizes.
 
-In reading order: the raw formats; reading their rows; a uniform sample of users with complete histories, in bounded
-memory; a user's history and candidates, by kind of dataset; splits and their files; the authors' own samples; the demo.
+In reading order: what is to be made, and is it there already; the raw formats; reading their rows; a uniform sample of
+users with complete histories, in bounded memory; a user's history and candidates, by kind of dataset; splits and their
+files; the authors' own samples; the demo.
 Every random choice is a hash of (seed, dataset, user, item): the same on every machine.
 """
 import csv
@@ -38,6 +40,167 @@ from tqdm import tqdm
 
 import common
 from common import UserError
+
+
+def arguments(argv):
+    parser = common.Parser(__doc__, "prepare_data.py")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
+    add("--list", action="store_true", help="print the datasets, their raw files and home pages")
+    add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
+    add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
+    add("--out", default="data", type=common.output_folder,
+        help="folder to write <dataset>/ into (--data of the other scripts)")
+    add("--test-size", type=common.whole_number, metavar="SAMPLES",
+        help="if not given: 20000 for the paper's test sets, else 0")
+    add("--train-size", type=common.whole_number, metavar="SAMPLES",
+        help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
+    add("--max-history", type=common.positive_number, default=20,
+        help="latest items of a history to keep")
+    add("--positives", type=common.positive_number,
+        help="positives per user; if given, negatives are drawn at random (if not: see --list)")
+    add("--negatives", type=common.positive_number,
+        help="negatives per user, drawn from items never touched (if not given: see --list)")
+    add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
+    add("--seed", type=common.whole_number, default=2025, help="seed of everything random")
+    add("--overwrite", action="store_true", help="replace outputs made with other arguments")
+    args = parser.parse_args(argv)
+    if not args.list and not args.names:
+        raise UserError("name the datasets to prepare, or demo; --list shows them")
+    for name in args.names:
+        if name not in SOURCES and name != "demo":
+            raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
+    sizes = {args.test_size, args.train_size, args.positives, args.negatives}
+    if sizes != {None} and (args.from_recbench or "demo" in args.names):
+        raise UserError("the demo's and --from-recbench's samples are fixed: no sizes, --positives or --negatives")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    if args.list:
+        list_datasets()
+        return
+    names = []
+    for name in args.names:
+        names += [*common.DEMO, "demo-model"] if name == "demo" else [name]
+    plans = []
+    for name in dict.fromkeys(names):  # each once; what is missing or in the way is reported before any long work
+        folder = Path(args.out, name)
+        found = found_job(folder)
+        plans.append((folder, found, *plan(name, args)))
+    for folder, found, job, paths in plans:
+        if paths:
+            job["raw"] = raw_hashes(paths)
+        if not args.overwrite and common.job_status(folder, job, found, finished=True) == "finished":
+            print(f"{folder} is already prepared with these arguments")
+        else:
+            prepare(folder, job, paths)
+    if "demo" in args.names:
+        print(f"{Path(args.out, 'demo-model')} is the model to start from")
+
+
+def list_datasets():
+    """Print the table of the benchmark, the raw files expected in RAW/<dataset>/ and where to get them."""
+    for name, row in common.DATASETS.items():
+        source = SOURCES[name]
+        roles = "test" if row.test else "fine-tune"
+        if row.test and row.finetune:
+            roles = "test and fine-tune"
+        items = " or ".join(table.files for table in source.items)
+        print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
+              f"{row.negatives:4} negatives")
+        print(f"{'':12} {source.home}")
+        print(f"{'':12} items: {items}")
+        print(f"{'':12} events: {source.events.files}")
+
+
+# ---------------------------------------------------------------------------------------- what to make, and is it there
+
+
+def plan(name, args):
+    """(the job of a dataset: what its files are made of, but for the hashes; the paths to read, {name: path}).
+
+    Raises UserError where files are missing.
+    """
+    job = {"dataset": name, "seed": args.seed}
+    if name not in SOURCES:  # of the demo
+        return {**job, "users": DEMO_USERS}, {}
+    job["max_history"] = args.max_history
+    if args.from_recbench:
+        return {**job, "from_recbench": True}, find_recbench(args.from_recbench / name)
+    row = common.DATASETS[name]
+    paths = find_raw(name, args.raw)
+    job["kind"] = row.kind
+    job["positives"] = args.positives or row.positives
+    job["negatives"] = args.negatives or row.negatives
+    job["next_item"] = bool(args.positives or args.negatives)
+    job["max_rows"] = args.max_rows
+    job["test_size"], job["train_size"] = args.test_size, args.train_size
+    if args.test_size is None:
+        job["test_size"] = 20_000 if row.test else 0
+    if args.train_size is None:
+        job["train_size"] = 100_000 if row.finetune else 0
+    if not job["test_size"] and not job["train_size"]:
+        raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
+    return job, paths
+
+
+def raw_hashes(paths):
+    """{name: {"size", "sha256"}} of raw files {name: path}: no edit goes unseen."""
+    raw = {}
+    for path in tqdm(sorted(paths.values()), desc="sha256 of the raw files", unit=" files"):
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
+    return raw
+
+
+def found_job(folder):
+    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
+
+    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
+    own = meta.get("files", []) if isinstance(meta, dict) else []
+    for name in names:
+        if name not in own:
+            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
+                            "choose another --out")
+    return meta.get("job", {}) if names else None
+
+
+def prepare(folder, job, paths):
+    """Do a job: its files are written into a new folder, which takes the place of `folder` at the end.
+
+    So a run that is stopped half way loses nothing. Raises UserError.
+    """
+    name = job["dataset"]
+    target = folder.resolve()  # behind a symbolic link, on another disk perhaps
+    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+    new.mkdir(parents=True)  # before the reading: so a folder that cannot be written is reported first
+    if name == "demo-model":
+        train_demo_model(new, job["seed"])
+        meta = {"job": job}
+    else:
+        report = {}
+        if name in common.DEMO:
+            items, splits = demo_dataset(name, job["seed"])
+        elif "from_recbench" in job:
+            items, splits = read_recbench(paths, job)
+        else:
+            items, splits, report = read_dataset(paths, job)
+        meta = {**write_dataset(new, items, splits, job), **report}
+    files = sorted(path.name for path in new.iterdir())
+    common.write_json(new / "meta.json", {"format": common.FORMAT, **meta, "files": [*files, "meta.json"]})
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
 
 # ------------------------------------------------------------------------------------------------- what a field says
 
@@ -80,7 +243,7 @@ def seconds_of(moment):
     return int(moment.timestamp())
 
 
-@functools.lru_cache(1 << 16)
+@functools.lru_cache(1 << 16)  # a file holds few distinct dates
 def iso_time(text):
     """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"."""
     return seconds_of(datetime.fromisoformat(text))
@@ -107,10 +270,10 @@ def time_of(text):
 
 # ------------------------------------------------------------------------------------------------------ the raw formats
 
-# A function per format turns a row into (item, text) or into (user, [(item, time, label)], past), where the past is an
-# impression's own history, (time, item ids in one string), else None. The time is None where the order of the file is
-# all there is. A row of tsv, csv or json is its fields as text, of csv and json those that SOURCES names; else it is
-# the line. ValueError: the row is malformed.
+# A function per format turns a row into (item, text) or into (user, [(item, time, label)], past). The past is an
+# impression's own history, (time, item ids in one string), else None. The time is None where the file gives only an
+# order. The row is a list of fields as text (of csv and json those that SOURCES names, if it names any) or, where the
+# form is text or netflix, the line. ValueError: the row is malformed.
 
 
 def id_and_text(fields):
@@ -137,7 +300,7 @@ def mind_item(fields):
 def mind_impression(fields):
     """behaviors.tsv: impression, user, time, history, what was shown ("N1-1 N2-0": 1 clicked, 0 not)."""
     _, user, time, history, shown = fields
-    events = []
+    events = []  # all at time 0: of events at one time latest_events takes the highest label, so one click counts
     for entry in shown.split():
         item, clicked = entry.rsplit("-", 1)
         events.append((item, 0, ("0", "1").index(clicked)))
@@ -178,9 +341,11 @@ MARKUP = re.compile(rf"""
 
 
 def amazon_item(fields):
-    """Tags go before entities are resolved, so "&lt;table&gt;" stays; "" where the title is a page's script."""
+    """Tags go before entities are resolved, so "&lt;table&gt;" stays."""
     item, title = fields
-    title = MARKUP.sub(" ", "" if "getTime()" in title else title)
+    if "getTime()" in title:  # a page's script
+        return item, ""
+    title = MARKUP.sub(" ", title)
     while html.unescape(title) != title:  # some are escaped twice: "AT&amp;amp;T"
         title = html.unescape(title)
     return item, clean(title)
@@ -347,10 +512,10 @@ def find_raw(name, raw):
     """
     source = SOURCES[name]
     root = Path(raw, name)
-    items = source.items[0]
-    if not any(root.rglob(f"{items.files}*")):
-        items = source.items[-1]
-    files = [*items.files.split(), *source.events.files.split()]
+    item_table = source.items[0]  # POG has a second choice
+    if not any(root.rglob(f"{item_table.files}*")):
+        item_table = source.items[-1]
+    files = [*item_table.files.split(), *source.events.files.split()]
     found = []
     for folder in (root, *sorted(root.rglob("*"))):
         if all(find_file(folder, file) for file in files):
@@ -359,9 +524,9 @@ def find_raw(name, raw):
     if len(found) > 1:
         raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
     if not found:
-        items_files = " or ".join(table.files for table in source.items)
+        item_files = " or ".join(table.files for table in source.items)
         there = ", ".join(sorted(path.name for path in root.glob("*"))[:9])
-        raise UserError(f"{root}, or one folder below it, has to hold {items_files}, {source.events.files}, "
+        raise UserError(f"{root}, or one folder below it, has to hold {item_files}, {source.events.files}, "
                         f"unpacked or as .gz; get them from {source.home}; there are {there or 'no files'}")
     return {file: find_file(found[0], file) for file in files}
 
@@ -395,17 +560,17 @@ def netflix_rows(lines):
 def csv_rows(path, lines):
     """Yield (number of the line on which it begins, fields) of every row of CSV. Raises UserError on wrong quotes."""
     rows = csv.reader(lines, strict=True)
-    line = 1
+    number = 1
     try:
         for fields in rows:
-            if rows.line_num > line:  # a text that spans lines
+            if rows.line_num > number:  # a text that spans lines
                 for more in ",".join(fields).split("\n")[1:]:
-                    if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # it has swallowed a row
-                        raise UserError(f"{path}, line {line}: a quote opened there closes on line {rows.line_num}")
-            yield line, fields
-            line = rows.line_num + 1
+                    if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # a row: the quote swallowed it
+                        raise UserError(f"{path}, line {number}: a quote opened there closes on line {rows.line_num}")
+            yield number, fields
+            number = rows.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {line}: {error}; is a quote not closed?") from None
+        raise UserError(f"{path}, line {number}: {error}; is a quote not closed?") from None
 
 
 def is_header(path, table, row):
@@ -458,7 +623,7 @@ def read_rows(path, table, counts):
     names = table.columns.split()
     first = None
     count, malformed, first_malformed = 0, 0, None
-    for line, row in rows:
+    for number, row in rows:
         text = row if isinstance(row, str) else ",".join(row)
         if not text.strip():
             continue
@@ -473,7 +638,7 @@ def read_rows(path, table, counts):
             parsed = table.parse(fields_of(table, names, row, first))
         except (ValueError, RecursionError) as error:
             malformed += 1
-            first_malformed = first_malformed or f"line {line}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
+            first_malformed = first_malformed or f"line {number}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
             continue
         yield parsed
     counts[path.name] = {"rows": count, "malformed": malformed, "first_malformed": first_malformed}
@@ -502,7 +667,7 @@ def read_texts(rows, dropped):
             dropped["items without text"] += 1
         else:
             items[item] = min(text, items.get(item, text))
-    return dict(sorted(items.items()))
+    return dict(sorted(items.items()))  # negatives are drawn by place, whatever the order of the file
 
 
 # ------------------------------------------------------------------------------------------------- a sample of users
@@ -511,23 +676,24 @@ def read_texts(rows, dropped):
 def sample_users(rows, numbers, job, dropped):
     """All events of a uniform sample of users, in bounded memory, whatever the order of the rows.
 
-    The users are those whose hash is below a limit. Whenever more than max_rows events are kept, the limit is halved
-    and the users above it are forgotten.
+    The users are those whose hash is below a threshold. Whenever more than max_rows events are kept, it is halved and
+    the users above it are forgotten.
 
-    rows: (user, [(item, time, label)], past); numbers: {item: its number}; dropped counts what is unusable. Returns
-    events and pasts, as below, the share of all users that is below the limit, and an item not in numbers, or None.
+    rows: (user, [(item, time, label)], past); numbers: {item: its number}; job: dataset, seed, max_rows; dropped counts
+    what is unusable. Returns events and pasts, as below, the share of all users that is below the threshold, and an
+    item not in numbers, or None.
     """
     key = job["seed"], job["dataset"]
-    events = {}  # user -> array: item's number, time, label of one event, then of the next
+    events = {}  # user -> flat array: number of the item, time, label; number, time, label; ...
     pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
-    limit = 2**64  # no hash is larger
+    threshold = 2**64  # every hash is below it
     size = 0  # events that are kept
     unknown = None
     for user, new, past in rows:
         if not user:
             dropped["events without user"] += len(new)
             continue
-        if user not in events and common.digest(*key, user) < limit:
+        if user not in events and common.digest(*key, user) < threshold:
             events[user] = array("q")
         kept = events.get(user)  # None: the user is not in the sample
         for item, time, label in new:
@@ -535,17 +701,19 @@ def sample_users(rows, numbers, job, dropped):
                 dropped["events whose item has no text"] += 1
                 unknown = item
             elif kept is not None:
-                kept.extend((numbers[item], len(kept) if time is None else time, label))
+                if time is None:  # its place in the file stands for it
+                    time = len(kept)
+                kept.extend((numbers[item], time, label))
                 size += 1
         if past and kept is not None:
             pasts[user] = min(past, pasts.get(user, past))
         while size + 4 * len(events) > job["max_rows"]:  # a user takes the memory of 4 events
-            limit //= 2
+            threshold //= 2
             for other in list(events):
-                if common.digest(*key, other) >= limit:
+                if common.digest(*key, other) >= threshold:
                     size -= len(events.pop(other)) // 3
                     pasts.pop(other, None)
-    return events, pasts, limit / 2**64, unknown
+    return events, pasts, threshold / 2**64, unknown
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -557,36 +725,37 @@ def by_hash(items, key, *more):
     return [item for _, item in sorted(keyed)]
 
 
-def latest_events(values, items, dropped):
+def latest_events(values, item_ids, dropped):
     """{item id: (time, label)}: one event per item, the latest; of several at one time the highest label.
 
-    values: item's number, time, label of one event, then of the next.
+    values: a flat array as in sample_users.
     """
     latest = {}
     for number, time, label in zip(values[::3], values[1::3], values[2::3]):
-        item = items[number]
+        item = item_ids[number]
         latest[item] = max((time, label), latest.get(item, (time, label)))
     dropped["repeated events"] += len(values) // 3 - len(latest)
     return latest
 
 
-def draw_negatives(touched, items, count, key):
+def draw_negatives(touched, item_ids, count, key):
     """count distinct items, uniformly from those not touched; all of these where there are fewer."""
-    count = min(count, len(items) - len(touched))
+    count = min(count, len(item_ids) - len(touched))
     drawn = {}
     turn = 0
     while len(drawn) < count:
-        item = items[common.digest(*key, "negative", turn) % len(items)]
+        item = item_ids[common.digest(*key, "negative", turn) % len(item_ids)]
         turn += 1
         if item not in touched:
             drawn[item] = True
     return list(drawn)
 
 
-def user_line(user, latest, past, items, job, dropped):
+def user_line(user, latest, past, item_ids, job, dropped):
     """A user's line {"user", "history", "candidates", "labels"} of the standard format, or None (the reason counted).
 
-    latest: {item id: (time, label)}; past: item ids of an impression's history, else []; items: all item ids.
+    latest: {item id: (time, label)}; past: item ids of an impression's history, else []; item_ids: of the dataset; job:
+    dataset, seed, kind, positives, negatives, next_item, max_history.
     """
     key = job["seed"], job["dataset"], user
     positives, negatives = [], []
@@ -607,7 +776,7 @@ def user_line(user, latest, past, items, job, dropped):
         positives.sort(key=latest.get)  # by time; ties stay in the order of hashes
         history, positives = positives[:-job["positives"]], positives[-job["positives"]:]
     if job["kind"] == "sequences" or job["next_item"]:
-        negatives = draw_negatives({*latest, *history}, items, job["negatives"], key)
+        negatives = draw_negatives({*latest, *history}, item_ids, job["negatives"], key)
     negatives = negatives[:job["negatives"]]
     for part, found in (("history", history), ("positives", positives), ("negatives", negatives)):
         if not found:
@@ -621,142 +790,60 @@ def user_line(user, latest, past, items, job, dropped):
 # ----------------------------------------------------------------------------------------------- splits and their files
 
 
-def plan(name, args):
-    """(the job of a dataset: what its files are made of, but for the hashes; the paths to read, {name: path}).
-
-    Raises UserError where files are missing.
-    """
-    job = {"dataset": name, "seed": args.seed}
-    if name not in SOURCES:  # of the demo
-        return {**job, "users": DEMO_USERS}, {}
-    job["max_history"] = args.max_history
-    if args.from_recbench:
-        return {**job, "from_recbench": True}, find_recbench(args.from_recbench / name)
-    row = common.DATASETS[name]
-    paths = find_raw(name, args.raw)
-    job["kind"] = row.kind
-    job["positives"] = args.positives or row.positives
-    job["negatives"] = args.negatives or row.negatives
-    job["next_item"] = bool(args.positives or args.negatives)
-    job["max_rows"] = args.max_rows
-    job["test_size"], job["train_size"] = args.test_size, args.train_size
-    if args.test_size is None:
-        job["test_size"] = 20_000 if row.test else 0
-    if args.train_size is None:
-        job["train_size"] = 100_000 if row.finetune else 0
-    if not job["test_size"] and not job["train_size"]:
-        raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
-    return job, paths
-
-
-def found_job(folder):
-    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
-
-    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
-    """
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
-    own = meta.get("files", []) if isinstance(meta, dict) else []
-    for name in names:
-        if name not in own:
-            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
-                            "choose another --out")
-    return meta.get("job", {}) if names else None
-
-
-def prepare(folder, job, paths):
-    """Do a job: its files are written into a new folder, which takes the place of `folder` at the end.
-
-    So a run that is stopped half way loses nothing. Raises UserError.
-    """
-    name = job["dataset"]
-    target = folder.resolve()  # behind a symbolic link, on another disk perhaps
-    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
-    new.mkdir(parents=True)  # before the reading: so a folder that cannot be written is reported first
-    if name == "demo-model":
-        train_demo_model(new, job["seed"])
-        meta = {"job": job}
-    else:
-        report = {}
-        if name in common.DEMO:
-            texts, splits = demo_dataset(name, job["seed"])
-        elif "from_recbench" in job:
-            texts, splits = read_recbench(paths, job)
-        else:
-            texts, splits, report = read_dataset(paths, job)
-        meta = {**write_dataset(new, texts, splits, job), **report}
-    files = sorted(path.name for path in new.iterdir())
-    common.write_json(new / "meta.json", {"format": common.FORMAT, **meta, "files": [*files, "meta.json"]})
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def read_dataset(paths, job):
-    """Texts {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
+    """Items {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
 
     paths: {name: path} of the raw files. Raises UserError where there is no sample.
     """
     name = job["dataset"]
     source = SOURCES[name]
-    items = source.items[0] if source.items[0].files in paths else source.items[-1]
+    item_table = source.items[0] if source.items[0].files in paths else source.items[-1]
     counts = {"items": {}, "events": {}}
     dropped = Counter()
-    texts = read_texts(read_table(paths, items, counts["items"]), dropped)
-    numbers = {item: number for number, item in enumerate(texts)}
+    items = read_texts(read_table(paths, item_table, counts["items"]), dropped)
+    numbers = {item: number for number, item in enumerate(items)}
     rows = read_table(paths, source.events, counts["events"])
-    sample, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
-    chosen, missing = choose_users(sample, pasts, texts, job, dropped)
+    events, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
+    chosen, missing = choose_users(events, pasts, items, job, dropped)
     finetune = chosen["train"]  # train and valid together
     if not chosen["test"] and not finetune:
-        examples = f"; an item of the events is {unknown!r}, of the items {list(texts)[:1]}" if unknown else ""
+        examples = f"; an item of the events is {unknown!r}, of the items {list(items)[:1]}" if unknown else ""
         raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
     short = {}
-    for split, samples in missing.items():
+    for split, lacking in missing.items():
         size = job[f"{split}_size"]
-        if samples > 0:
-            short[f"{split}_size"] = size - samples
+        if lacking > 0:
+            short[f"{split}_size"] = size - lacking
             more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
-            common.say(f"WARNING: {name}: --{split}-size asks for {size} samples, {size - samples} were found{more}")
+            common.say(f"WARNING: {name}: --{split}-size asks for {size} samples, {size - lacking} were found{more}")
     valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
     splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": chosen["test"]}
-    return texts, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
+    return items, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
 
 
-def choose_users(events, pasts, texts, job, dropped):
+def choose_users(events, pasts, items, job, dropped):
     """Users in the order of their hashes, until the samples are enough: first for test, then for train (and valid).
 
-    events, pasts: of sample_users. Returns {"test", "train": lines} and {"test", "train": samples that are missing}.
+    events, pasts: of sample_users; job: test_size, train_size and what user_line takes. Returns {"test", "train":
+    lines} and {"test", "train": samples that are missing}, below 0 where the last user brought more.
     """
-    items = list(texts)
+    item_ids = list(items)
     chosen = {"test": [], "train": []}
     missing = {"test": job["test_size"], "train": job["train_size"]}
+    # the hash of sample_users, so that the same users come first whatever --max-rows
     for user in by_hash(events, (job["seed"], job["dataset"])):
         split = "test" if missing["test"] > 0 else "train"
         if missing[split] <= 0:
             break
-        latest = latest_events(events[user], items, dropped)
+        latest = latest_events(events[user], item_ids, dropped)
         _, ids = pasts.get(user, (0, ""))
-        past = [item for item in ids.split() if item in texts]
+        past = [item for item in ids.split() if item in items]
         dropped["items of histories without text"] += len(ids.split()) - len(past)
-        line = user_line(user, latest, past, items, job, dropped)
+        line = user_line(user, latest, past, item_ids, job, dropped)
         if line:
             chosen[split].append(line)
             missing[split] -= len(line["labels"])
     return chosen, missing
-
-
-def raw_files(paths):
-    """{name: {"size", "sha256"}} of raw files {name: path}: no edit goes unseen."""
-    raw = {}
-    for path in tqdm(sorted(paths.values()), desc="sha256 of the raw files", unit=" files"):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
-    return raw
 
 
 def write_lines(path, rows):
@@ -767,13 +854,13 @@ def write_lines(path, rows):
             file.write(line.encode("utf-8", "backslashreplace"))
 
 
-def write_dataset(folder, texts, splits, job):
+def write_dataset(folder, items, splits, job):
     """Write items.jsonl and the splits that are not empty; returns what meta.json says of them.
 
-    texts: {item id: text}, of which those are written that the splits use.
+    items: {item id: text}, of which those are written that the splits use.
     """
-    items = common.items_of(splits["train"] + splits["valid"] + splits["test"])
-    write_lines(folder / "items.jsonl", [{"id": item, "text": texts[item]} for item in items])
+    used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
+    write_lines(folder / "items.jsonl", [{"id": item, "text": items[item]} for item in used])
     name = job["dataset"]
     counts = {}
     for split, users in splits.items():
@@ -788,7 +875,7 @@ def write_dataset(folder, texts, splits, job):
                 "samples": len(labels),
                 "positives": sum(labels)}
             print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
-    return {"domain": common.DOMAINS[name], "job": job, "items": len(items), "splits": counts,
+    return {"domain": common.DOMAINS[name], "job": job, "items": len(used), "splits": counts,
             "sha256": common.data_sha256(folder.parent, folder.name)}
 
 
@@ -816,7 +903,7 @@ RECBENCH = {  # columns of the authors' parquet files: user, item, history, labe
 def find_recbench(folder):
     """{name: path} of the authors' files of a dataset. Raises UserError."""
     names = ["items.parquet", "users.parquet", "test.parquet", "finetune.parquet", "valid_user_set_0.1.txt"]
-    paths = {name: folder / name for name in names if Path(folder, name).is_file()}
+    paths = {name: folder / name for name in names if (folder / name).is_file()}
     has_samples = "test.parquet" in paths or "finetune.parquet" in paths
     if "items.parquet" not in paths or "users.parquet" not in paths or not has_samples:
         raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
@@ -825,55 +912,56 @@ def find_recbench(folder):
 
 
 def read_recbench(paths, job):
-    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample: texts and splits.
+    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample: items and splits.
 
     paths: {name: path} of their files. Kept as they are: texts, duplicates, users of one class, positives that stand in
     the history. Of several rows of one user or item the last counts, as in the authors' code. Raises UserError.
     """
-    user, item, history, label, *attributes = RECBENCH[job["dataset"]].split()
-    texts = {}
-    for one, *values in parquet_rows(paths["items.parquet"], item, *attributes):
-        texts[str(one)] = described(attributes, [text_of(value) for value in values])
+    user_column, item_column, history_column, label_column, *text_columns = RECBENCH[job["dataset"]].split()
+    items = {}
+    for item, *values in parquet_rows(paths["items.parquet"], item_column, *text_columns):
+        items[str(item)] = described(text_columns, [text_of(value) for value in values])
     histories = {}
-    for who, past in parquet_rows(paths["users.parquet"], user, history):
-        if isinstance(past, str):
-            raise UserError(f"{paths['users.parquet']}: the history of user {who} is a string, not a list of items")
-        items = [str(one) for one in past or []]
-        histories[str(who)] = items[-job["max_history"]:]
-    test = read_samples(paths.get("test.parquet"), histories, user, item, label)
-    finetune = read_samples(paths.get("finetune.parquet"), histories, user, item, label)
+    for user, history in parquet_rows(paths["users.parquet"], user_column, history_column):
+        if isinstance(history, str):
+            raise UserError(f"{paths['users.parquet']}: the history of user {user} is a string, not a list of items")
+        item_ids = [str(item) for item in history or []]
+        histories[str(user)] = item_ids[-job["max_history"]:]
+    columns = user_column, item_column, label_column
+    test = read_samples(paths.get("test.parquet"), histories, columns)
+    finetune = read_samples(paths.get("finetune.parquet"), histories, columns)
     both = test.keys() & finetune.keys()
     if both:
         common.say(f"WARNING: {len(both)} of the {len(test)} test users are in finetune.parquet, too")
     valid = valid_users(paths.get("valid_user_set_0.1.txt"), finetune, job)
     splits = {"train": [], "valid": [], "test": list(test.values())}
-    for who, line in finetune.items():
-        splits["valid" if who in valid else "train"].append(line)
+    for user, line in finetune.items():
+        splits["valid" if user in valid else "train"].append(line)
     used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
-    unknown = [one for one in used if one not in texts]
+    unknown = [item for item in used if item not in items]
     if unknown:
         raise UserError(f"{paths['items.parquet']} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
-    return texts, splits
+    return items, splits
 
 
-def read_samples(path, histories, user, item, label):
+def read_samples(path, histories, columns):
     """{user: line}, users in the order of their first sample; {} without a file.
 
-    user, item, label: columns. Raises UserError where a label is neither 0 nor 1, or a user has no history.
+    columns: of user, item and label. Raises UserError where a label is neither 0 nor 1, or a user has no history.
     """
     lines = {}
     if path is None:
         return lines
-    for who, what, liked in parquet_rows(path, user, item, label):
-        who = str(who)
-        if liked not in (0, 1):
-            raise UserError(f"{path}: the label of user {who} is {liked!r}, neither 0 nor 1")
-        if who not in histories:
-            raise UserError(f"users.parquet lacks user {who}, who has samples in {path}")
-        new = {"user": who, "history": histories[who], "candidates": [], "labels": []}
-        line = lines.setdefault(who, new)
-        line["candidates"].append(str(what))
-        line["labels"].append(int(liked))
+    for user, item, label in parquet_rows(path, *columns):
+        user = str(user)
+        if label not in (0, 1):
+            raise UserError(f"{path}: the label of user {user} is {label!r}, neither 0 nor 1")
+        if user not in histories:
+            raise UserError(f"users.parquet lacks user {user}, who has samples in {path}")
+        new = {"user": user, "history": histories[user], "candidates": [], "labels": []}
+        line = lines.setdefault(user, new)
+        line["candidates"].append(str(item))
+        line["labels"].append(int(label))
     return lines
 
 
@@ -942,28 +1030,28 @@ def demo_dataset(name, seed):
     what is unlike their history, the latter.
     """
     themes = DEMO_THEMES[name].split()
-    texts = {}
+    items = {}
     for theme in themes:
         rng = random.Random(common.digest(seed, name, theme))
         for k in range(40):
             pattern = rng.choice(TITLES[common.DEMO[name].domain])
-            texts[f"{theme}-{k}"] = theme_title(rng, pattern, theme)
+            items[f"{theme}-{k}"] = theme_title(rng, pattern, theme)
     splits = {}
     number = 0
     for split, count in DEMO_USERS.items():
         splits[split] = []
         for _ in range(count):
-            splits[split].append(demo_user(f"{name}-{number}", name, seed, themes, texts))
+            splits[split].append(demo_user(f"{name}-{number}", name, seed, themes, items))
             number += 1
-    return texts, splits
+    return items, splits
 
 
-def demo_user(user, name, seed, themes, texts):
+def demo_user(user, name, seed, themes, items):
     """The line of a user of the demo."""
     rng = random.Random(common.digest(seed, name, user))
     liked_themes = rng.sample(themes, 2)
-    liked = [item for item in texts if item.split("-")[0] in liked_themes]
-    other = [item for item in texts if item.split("-")[0] not in liked_themes]
+    liked = [item for item in items if item.split("-")[0] in liked_themes]
+    other = [item for item in items if item.split("-")[0] not in liked_themes]
     rng.shuffle(liked)
     rng.shuffle(other)
     history = []
@@ -1040,80 +1128,6 @@ def train_demo_model(folder, seed, steps=500, batch=32, length=64):
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def list_datasets():
-    """Print the table of the benchmark, the raw files expected in RAW/<dataset>/ and where to get them."""
-    for name, row in common.DATASETS.items():
-        source = SOURCES[name]
-        roles = "test and fine-tune" if row.test and row.finetune else "test" if row.test else "fine-tune"
-        items = " or ".join(table.files for table in source.items)
-        print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
-              f"{row.negatives:4} negatives")
-        print(f"{'':12} {source.home}")
-        print(f"{'':12} items: {items}")
-        print(f"{'':12} events: {source.events.files}")
-
-
-def arguments(argv):
-    parser = common.Parser(__doc__, "prepare_data.py")
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
-    add("--list", action="store_true", help="print the datasets, their raw files and home pages")
-    add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
-    add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
-    add("--out", default="data", type=common.output_folder,
-        help="folder to write <dataset>/ into (--data of the other scripts)")
-    add("--test-size", type=common.whole_number, metavar="SAMPLES",
-        help="if not given: 20000 for the paper's test sets, else 0")
-    add("--train-size", type=common.whole_number, metavar="SAMPLES",
-        help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
-    add("--max-history", type=common.positive_number, default=20,
-        help="latest items of a history to keep")
-    add("--positives", type=common.positive_number,
-        help="positives per user; if given, negatives are drawn at random (if not: see --list)")
-    add("--negatives", type=common.positive_number,
-        help="negatives per user, drawn from items never touched (if not given: see --list)")
-    add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
-    add("--seed", type=common.whole_number, default=2025, help="seed of everything random")
-    add("--overwrite", action="store_true", help="replace outputs made with other arguments")
-    args = parser.parse_args(argv)
-    if not args.list and not args.names:
-        raise UserError("name the datasets to prepare, or demo; --list shows them")
-    for name in args.names:
-        if name not in SOURCES and name != "demo":
-            raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
-    sizes = (args.test_size, args.train_size, args.positives, args.negatives)
-    if sizes != (None,) * 4 and (args.from_recbench or "demo" in args.names):
-        raise UserError("the demo's and --from-recbench's samples are fixed: no sizes, --positives or --negatives")
-    return args
-
-
-def main(argv=None):
-    args = arguments(argv)
-    if args.list:
-        list_datasets()
-        return
-    names = []
-    for name in args.names:
-        names += [*common.DEMO, "demo-model"] if name == "demo" else [name]
-    plans = []
-    for name in dict.fromkeys(names):  # what is missing or in the way is said before any long work
-        folder = Path(args.out, name)
-        found = found_job(folder)
-        plans.append((folder, found, *plan(name, args)))
-    for folder, found, job, paths in plans:
-        if paths:
-            job["raw"] = raw_files(paths)
-        if not args.overwrite and common.job_status(folder, job, found, finished=True) == "finished":
-            print(f"{folder} is already prepared with these arguments")
-        else:
-            prepare(folder, job, paths)
-    if "demo" in args.names:
-        print(f"{Path(args.out, 'demo-model')} is the model to start from")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every source against every target: what transfers, what harms, and how sure that is.
 
     python transfer_matrix.py --model qwen-2-0.5b --sources mind pens mind+pens --targets mind goodreads --out matrix
-    ... --dry-run | grep finetune.py | parallel        then        ... --dry-run | grep evaluate.py | parallel
+    (the same) --dry-run | grep finetune.py | parallel      then      (the same) --dry-run | grep evaluate.py | parallel
     python transfer_matrix.py --compare matrix matrix-of-a-larger-model
 
 Rows: the base model (zero-shot) and the model trained on each source (a+b: jointly on both). Columns: test sets.
@@ -30,7 +30,8 @@ from common import UserError, say
 
 ZERO = "zero-shot"  # the row of the base model
 DRAWS = 1000  # of the bootstrap, per cell
-SAME = ("setting", "target", "source", "data_sha256", "n_users", "split", "history")  # of cells to be compared
+# what two cells have to share to be compared; compare takes the first two
+SAME = ("setting", "target", "source", "data_sha256", "n_users", "split", "history")
 SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -55,12 +56,12 @@ def arguments(argv):
     args.targets = list(dict.fromkeys(args.targets or []))
     complete = args.model and args.sources and args.targets and args.out
     if not args.compare and (not complete or args.model in evaluate.BASELINES):
-        parser.error("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
+        raise UserError("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
     if ZERO in args.sources:
-        parser.error(f"{ZERO} is always the first row: leave it out of --sources")
+        raise UserError(f"{ZERO} is always the first row: leave it out of --sources")
     for word in [*args.finetune_args, *args.evaluate_args]:
         if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter", "--against"):
-            parser.error(f"--finetune-args and --evaluate-args take no {word}")
+            raise UserError(f"--finetune-args and --evaluate-args take no {word}")
     return args
 
 
@@ -90,7 +91,7 @@ def main(argv=None):
 
 
 def command(args, source, target):
-    """(script, arguments) of a cell or a training."""
+    """(finetune or evaluate, its arguments) of a training or a cell."""
     argv = ["--model", args.model, *shared_flags(args)]
     run = str(Path(args.out, "runs", source))
     if target is None:
@@ -130,13 +131,14 @@ def find_missing(args):
         if source != ZERO:
             run_args = finetune.arguments(command(args, source, None)[1])
             finetune.chain_of(run_args)  # raises where a dataset is missing
+            finetune.adopt_lora_shape(run_args)
             status, _ = finetune.status_of(run_args, finetune.job_of(run_args))
             if status != "finished":  # so all of its row is missing
                 missing += [(source, target) for target in [None, *args.targets]]
                 continue
         for target in args.targets:
             cell_args = evaluate.arguments(command(args, source, target)[1])
-            common.check_datasets([target], cell_args.data, cell_args.split)
+            common.check_datasets(cell_args.data, [target], cell_args.split)
             if evaluate.status_of(cell_args, target, evaluate.job_of(cell_args, target)) != "finished":
                 missing.append((source, target))
     return missing
@@ -160,7 +162,7 @@ def run_missing(args, missing):
             sys.exit(code)
         if code:
             failed.append((source, target))
-        elif target is None:  # cells of an adapter before this one
+        elif target is None:  # cells of an earlier adapter
             shutil.rmtree(Path(args.out, "cells", source), ignore_errors=True)
     return failed
 
@@ -172,17 +174,19 @@ def run_missing(args, missing):
 
 def analyse(args, failed):
     """What matrix.json holds (a dict), from the files of finetune.py and evaluate.py."""
-    names = {*args.targets, *"+".join(args.sources).split("+")}
+    names = set(args.targets)
+    for source in args.sources:
+        names.update(source.split("+"))
     metas = {name: common.read_meta(args.data, name) for name in sorted(names)}
     domains = common.domains_of(metas)
-    runs, train = {}, {ZERO: []}  # by source: run.json; what was trained on
+    runs, chains = {}, {ZERO: []}  # by source: run.json; the datasets trained on
     for source in args.sources:
-        train[source] = source.split("+")
+        chains[source] = source.split("+")
         if (source, None) not in failed:
             runs[source] = common.read_json(Path(args.out, "runs", source, "run.json"))
-            train[source] = runs[source]["train_chain"]  # more than --train after --init-adapter
+            chains[source] = runs[source]["train_chain"]  # more than --train after --init-adapter
             domains.update(runs[source]["domains"])
-    cells, draws = read_cells(args, failed, train, domains)
+    cells, draws = read_cells(args, failed, chains, domains)
     try:
         similar = similarity(args, cells)
     except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
@@ -204,18 +208,18 @@ def analyse(args, failed):
         "arguments": vars(args)}
 
 
-def read_cells(args, failed, train, domains):
-    """(the cells, row by row; {(source, target): draws} where there is a value). train: {source: datasets}.
+def read_cells(args, failed, chains, domains):
+    """(the cells, row by row; {(source, target): draws} where there is a value). chains: {source: datasets}.
 
     A cell that failed, or whose metric is undefined, is empty.
     """
     cells, draws = [], {}
-    for source in train:
+    for source in chains:
         for target in args.targets:
             cell = {
                 "source": source,
                 "target": target,
-                "setting": common.setting_of(train[source], target, domains),
+                "setting": common.setting_of(chains[source], target, domains),
                 "value": None,
                 "ci": None,
                 "gain": None,  # over zero-shot
@@ -249,13 +253,13 @@ def mark(gain):
 
 
 def rank_averages(args, draws):
-    """RRA@K of the single sources, {source: {K: estimate}}: every draw gives a table, and a table an RRA."""
+    """RRA@K of the single sources, {source: {K as str: estimate}}: every draw gives a table, and a table an RRA."""
     single = {}
     for (source, target), cell_draws in draws.items():
         if source != ZERO and "+" not in source:
             single[source, target] = cell_draws
     averages = {}  # {(source, K): its RRA@K in each draw}
-    for values in zip(*single.values()):  # one draw of every cell
+    for values in zip(*single.values()):  # of every cell its value, then its first draw, its second, ...
         if not np.isfinite(values).all():  # a draw in which a cell is undefined has no ranks
             continue
         table = {}
@@ -266,14 +270,14 @@ def rank_averages(args, draws):
                 averages.setdefault((source, str(k)), []).append(average)
     result = {}
     for (source, k), values in averages.items():
-        result.setdefault(source, {})[k] = common.estimate(np.array(values, float))
+        result.setdefault(source, {})[k] = common.estimate(np.array(values, float))  # None becomes NaN
     return result
 
 
 def joint_gain(cells, draws):
     """H - G, joint training with a target's own data and without: {target: estimate}, where there are cells of both.
 
-    It says what the data adds where the sources are made so: all sets, and all but the target.
+    It is what a target's own data adds, if H trains on all sets and G on all but the target.
     """
     found = {}  # {(target, setting): draws of each of its cells}
     for cell in cells:
@@ -281,8 +285,8 @@ def joint_gain(cells, draws):
         if (source, target) in draws:
             found.setdefault((target, cell["setting"]), []).append(draws[source, target])
     result = {}
-    for target in dict.fromkeys(target for _, target in draws):  # each once
-        if (target, "H") in found and (target, "G") in found:
+    for target, setting in found:
+        if setting == "H" and (target, "G") in found:
             with_target = np.mean(found[target, "H"], axis=0)
             without = np.mean(found[target, "G"], axis=0)
             result[target] = common.estimate(with_target - without)
@@ -391,7 +395,8 @@ def notes(matrix):
             lines.append(f"Zero-shot collapse on {cell['target']}: its group AUC cannot be told from chance.")
     for source, run in matrix["runs"].items():
         if run["unstable"]:
-            lines.append(f"Training on {source} was unstable: validation fell by more than 0.05 between evaluations.")
+            lines.append(f"Training on {source} was unstable: validation fell by more than {finetune.UNSTABLE} between "
+                         "evaluations.")
         if not run["beats_base"]:
             lines.append(f"Training on {source} never beat its start on validation users.")
         for target in matrix["targets"]:
@@ -431,7 +436,7 @@ def compare(folders):
         for cell in matrix["cells"]:
             if cell["value"] is not None:
                 key = [cell[name] for name in SAME]
-                values[*key, matrix["metric"]] = cell["value"]
+                values[(*key, matrix["metric"])] = cell["value"]
         matrices[f"{matrix['model']}, {matrix['type']} ({folder})"] = values
     shared = set.intersection(*map(set, matrices.values()))
     if not shared:
