@@ -1400,7 +1400,7 @@ def job_status(path, job, found, finished):
     if found is None:
         return "start"
     if not found:
-        raise UserError(f"{path} was not made by this script, or parts of it are gone: "
+        raise UserError(f"{path} was not made by this script, or parts of it are gone or edited: "
                         "choose another --out or give --overwrite")
     changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
     if changed:

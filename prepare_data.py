@@ -84,8 +84,9 @@ def main(argv=None):
     names = []
     for name in args.names:
         names += [*common.DEMO, "demo-model"] if name == "demo" else [name]
-    plans = []
-    for name in dict.fromkeys(names):  # each once; what is missing or in the way is reported before any long work
+    # what is missing or in the way is reported before any long work: first what is known without reading
+    plans, to_do = [], []
+    for name in dict.fromkeys(names):  # each once
         folder = Path(args.out, name)
         found = found_job(folder)
         plans.append((folder, found, *plan(name, args)))
@@ -95,7 +96,9 @@ def main(argv=None):
         if not args.overwrite and common.job_status(folder, job, found, finished=True) == "finished":
             print(f"{folder} is already prepared with these arguments")
         else:
-            prepare(folder, job, paths)
+            to_do.append((folder, job, paths))
+    for folder, job, paths in to_do:
+        prepare(folder, job, paths)
     if "demo" in args.names:
         print(f"{Path(args.out, 'demo-model')} is the model to start from")
 
@@ -157,18 +160,24 @@ def raw_hashes(paths):
 
 
 def found_job(folder):
-    """The job of a folder that would be replaced, {} where it has none; None where there is no folder, or an empty one.
+    """The job of a folder that would be replaced, None where there is no folder, or an empty one.
 
-    Raises UserError where the folder holds anything that this script has not written: it would be deleted.
+    {} where the folder is not what that job has written: of another version, or a file is gone or edited. Raises
+    UserError where it holds anything that this script has not written: it would be deleted.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if not names:
+        return None
     meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
     own = meta.get("files", []) if isinstance(meta, dict) else []
     for name in names:
         if name not in own:
             raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
                             "choose another --out")
-    return meta.get("job", {}) if names else None
+    edited = "sha256" in meta and meta["sha256"] != common.data_sha256(folder.parent, folder.name)
+    if edited or len(names) < len(own) or meta.get("format") != common.FORMAT:
+        return {}
+    return common.job_in(folder / "meta.json")
 
 
 def prepare(folder, job, paths):
@@ -601,11 +610,7 @@ def fields_of(table, names, row, first):
     if table.form == "csv":
         if len(row) != len(first):
             raise ValueError(f"{len(row)} fields, not {len(first)}")
-        if not names:
-            return row
-        if row == first:
-            raise ValueError("a second header row")
-        return [row[first.index(name)] for name in names]
+        return [row[first.index(name)] for name in names] if names else row
     line = row.rstrip("\r\n")
     return line.split("\t") if table.form == "tsv" else line
 
@@ -621,24 +626,28 @@ def read_rows(path, table, counts):
         lines = netflix_rows(lines)
     rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
     names = table.columns.split()
-    first = None
+    first, header = None, None
     count, malformed, first_malformed = 0, 0, None
     for number, row in rows:
         text = row if isinstance(row, str) else ",".join(row)
-        if not text.strip():
+        text = text.rstrip()
+        if not text:
             continue
         if first is None:
             first = row
             if is_header(path, table, row):
+                header = text
                 continue
         count += 1
         try:
+            if text == header:
+                raise ValueError("a second header row")
             if not text.isascii():
                 text.encode("utf-8", "surrogateescape").decode("utf-8")  # raises ValueError where it was not UTF-8
             parsed = table.parse(fields_of(table, names, row, first))
         except (ValueError, RecursionError) as error:
             malformed += 1
-            first_malformed = first_malformed or f"line {number}: {text.rstrip()[:80]!r} ({str(error)[:200]})"
+            first_malformed = first_malformed or f"line {number}: {text[:80]!r} ({str(error)[:200]})"
             continue
         yield parsed
     counts[path.name] = {"rows": count, "malformed": malformed, "first_malformed": first_malformed}
@@ -806,19 +815,24 @@ def read_dataset(paths, job):
     events, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
     chosen, missing = choose_users(events, pasts, items, job, dropped)
     finetune = chosen["train"]  # train and valid together
+    more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
     if not chosen["test"] and not finetune:
         examples = f"; an item of the events is {unknown!r}, of the items {list(items)[:1]}" if unknown else ""
-        raise UserError(f"{name}: no samples; dropped: {json.dumps(dropped)}{examples}")
+        raise UserError(f"{name}: no samples{more}; dropped: {json.dumps(dropped)}{examples}")
     short = {}
     for split, lacking in missing.items():
         size = job[f"{split}_size"]
         if lacking > 0:
             short[f"{split}_size"] = size - lacking
-            more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
             common.say(f"WARNING: {name}: --{split}-size asks for {size} samples, {size - lacking} were found{more}")
-    valid = max(1, len(finetune) // 10) if len(finetune) > 1 else 0
+    valid = tenth_of(finetune)
     splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": chosen["test"]}
     return items, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
+
+
+def tenth_of(users):
+    """How many of the users for fine-tuning are for validation: a tenth, one at least, but none of a single user."""
+    return max(1, len(users) // 10) if len(users) > 1 else 0
 
 
 def choose_users(events, pasts, items, job, dropped):
@@ -923,13 +937,15 @@ def read_recbench(paths, job):
         items[str(item)] = described(text_columns, [text_of(value) for value in values])
     histories = {}
     for user, history in parquet_rows(paths["users.parquet"], user_column, history_column):
-        if isinstance(history, str):
-            raise UserError(f"{paths['users.parquet']}: the history of user {user} is a string, not a list of items")
+        if history is not None and not isinstance(history, list):
+            raise UserError(f"{paths['users.parquet']}: the history of user {user} is no list of items")
         item_ids = [str(item) for item in history or []]
         histories[str(user)] = item_ids[-job["max_history"]:]
     columns = user_column, item_column, label_column
     test = read_samples(paths.get("test.parquet"), histories, columns)
     finetune = read_samples(paths.get("finetune.parquet"), histories, columns)
+    if not test and not finetune:
+        raise UserError(f"{paths['items.parquet'].parent}: test.parquet and finetune.parquet hold no samples")
     both = test.keys() & finetune.keys()
     if both:
         common.say(f"WARNING: {len(both)} of the {len(test)} test users are in finetune.parquet, too")
@@ -969,11 +985,12 @@ def valid_users(path, finetune, job):
     """The users of the validation set: those that the authors' file names, or without it a tenth by hash."""
     if path is None:
         users = by_hash(finetune, (job["seed"], job["dataset"]))
-        return set(users[:max(1, len(users) // 10)])
-    named = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return set(users[:tenth_of(users)])
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    named = {line.strip() for line in lines}
     if finetune and not finetune.keys() & named:
         raise UserError(f"{path} names no user of finetune.parquet")
-    return set(named)
+    return named
 
 
 def parquet_rows(path, *columns):
@@ -987,7 +1004,7 @@ def parquet_rows(path, *columns):
             for batch in file.iter_batches(columns=list(columns)):
                 values = [batch.column(column).to_pylist() for column in columns]
                 yield from zip(*values)
-    except (ArrowException, OSError, KeyError) as error:
+    except (ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
 
 

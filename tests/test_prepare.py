@@ -288,7 +288,10 @@ def test_next_item_ranking(tmp_path):
 @pytest.mark.parametrize("name", common.DATASETS)
 def test_next_item_ranking_of_any_dataset(name, tmp_path):
     _, _, splits = prepared(name, tmp_path, "--positives", 1, "--negatives", 99, "--test-size", 999, "--train-size", 0)
-    assert splits["test"] and all(sum(line["labels"]) == 1 < len(line["labels"]) for line in splits["test"])
+    assert splits["test"]
+    for line in splits["test"]:
+        assert sum(line["labels"]) == 1 < len(line["labels"])
+        assert not set(line["history"]) & set(line["candidates"])
 
 
 def test_draw_is_distinct_and_never_touched():
@@ -311,6 +314,19 @@ def test_prepared_twice_is_left_alone_and_replaced_only_when_asked(tmp_path):
     assert code == 2 and "--overwrite" in err and json.loads((out / "meta.json").read_text()) == first
     assert prepared("movielens", tmp_path / "out", "--test-size", 100, "--overwrite", raw=tmp_path)[0] != first
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["movielens"]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "test.jsonl").unlink(),
+    lambda folder: (folder / "items.jsonl").write_text((folder / "items.jsonl").read_text().replace("Taco", "Tofu")),
+    lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace('"format": 1', '"format": 0')),
+    lambda folder: (folder / "meta.json").write_text((folder / "meta.json").read_text().replace('"job"', '"other"'))])
+def test_a_dataset_that_was_edited_or_lost_a_file_is_not_taken_for_prepared(tmp_path, spoil):
+    before = prepared("yelp", tmp_path)
+    spoil(tmp_path / "yelp")
+    code, _, err = run("yelp", "--raw", RAW, "--out", tmp_path)
+    assert code == 2 and "gone or edited" in err
+    assert prepared("yelp", tmp_path, "--overwrite") == before
 
 
 @pytest.mark.parametrize("step", ["json.dumps", "os.rename", "common.write_json"])
@@ -512,6 +528,7 @@ def test_an_edit_that_keeps_size_and_name_is_seen(tmp_path):
 
 
 PENS_HEADER = b"UserID\tClicknewsID\tdwelltime\texposure_time\tpos\tneg\tstart\tend\tdwelltime_pos"
+PENS_ITEMS = b"News ID\tCategory\tTopic\tHeadline\tNews body\tTitle entity\tEntity content"
 FILMS, STARS, NEWS, READS = "movies.csv", "ratings.csv", "train/news.tsv", "train/behaviors.tsv"
 SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
 
@@ -538,6 +555,8 @@ SONGS_FILE = "userid-timestamp-artid-artname-traid-traname.tsv"
     ("movielens", STARS, b"8,1,5.0,10", b"\xef\xbb\xbfuserId,movieId,rating,timestamp", "a second header row"),
     ("microlens", "MicroLens-50k_titles.csv", b"\n5,", b"\nitem,title\n5,", "a second header row"),
     ("pens", "news.tsv", b"N2\t", b"News ID\tCategory\tTopic\tHeadline\nN2\t", "line 3: 'News ID"),
+    ("pens", "news.tsv", b"N2\t", PENS_ITEMS + b"\nN2\t", "a second header row"),
+    ("pog", "pog_translated_titles.csv", b"\ni2", b"\nitem_id,title,title_en\ni2", "a second header row"),
     ("pens", "train.tsv", PENS_HEADER + b"\r\nU1\tN1 N2\t1", b"U1\tN1 N2\t1\t1", "line 1: 'U1"),
     ("pog", "user_data.txt", b"a1,", b'"a1",', "a quote, and this file is no CSV"),
     # ids of events and items that do not meet
@@ -618,6 +637,13 @@ def test_amazon_metadata_without_a_title_is_no_malformed_row(tmp_path):
 ])
 def test_steam_titles(title, text):
     assert prepare_data.steam_item(["10", title, "game"]) == ("10", text)
+
+
+def test_of_mind_s_two_folders_the_one_for_training_is_read(tmp_path):
+    for folder in ("MINDsmall_dev", "MINDsmall_train"):
+        shutil.copytree(RAW / "mind/train", tmp_path / "raw/mind" / folder)
+    write(tmp_path / "raw/mind/MINDsmall_dev/news.tsv", "not read")
+    assert prepared("mind", tmp_path / "out", raw=tmp_path / "raw")[1:] == prepared("mind", tmp_path / "plain")[1:]
 
 
 def test_files_one_folder_deeper_are_found_and_packed_ones_named(tmp_path):
@@ -741,7 +767,7 @@ def recbench(folder, name):
 def test_from_recbench(name, tmp_path):
     pytest.importorskip("pyarrow")
     attributes = recbench(tmp_path / "in" / name, name)
-    (tmp_path / "in" / name / "valid_user_set_0.1.txt").write_text("6\n")
+    (tmp_path / "in" / name / "valid_user_set_0.1.txt").write_text("\ufeff6 \n")
     code, _, err = run(name, "--from-recbench", tmp_path / "in", "--out", tmp_path / "out")
     assert code == 0, err
     folder = tmp_path / "out" / name
@@ -780,7 +806,9 @@ def test_from_recbench_without_a_list_of_valid_users(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file, columns, says", [
     ("test", {"click": [2, 1]}, "the label of user 8 is 2"),
     ("finetune", {"click": [None, 1]}, "the label of user 8 is None"),
-    ("users", {"history": ["1 2", "3"]}, "the history of user 8 is a string"),
+    ("users", {"history": ["1 2", "3"]}, "the history of user 8 is no list"),
+    ("users", {"history": [1, 2]}, "the history of user 8 is no list"),
+    ("test", {"user_id": [], "business_id": [], "click": []}, "hold no samples"),
     ("users", {"user_id": [6, 7, 8, 9], "history": [[1], [99], [1], [1]]}, "lacks 1 of"),
     ("test", {"business_id": [1, 98]}, "lacks 1 of"), ("users", {}, "users.parquet lacks user 7"),
     ("valid_user_set_0.1.txt", b"nobody\n", "names no user"),
@@ -789,6 +817,8 @@ def test_from_recbench_refuses_what_it_would_misread(tmp_path, file, columns, sa
     pytest.importorskip("pyarrow")
     folder = tmp_path / "in/yelp"
     recbench(folder, "yelp")
+    if file == "test":
+        (folder / "finetune.parquet").unlink()
     if isinstance(columns, dict):
         usual = {"user_id": [8, 9], "business_id": [1, 2], "history": [[1], [2]], "click": [1, 0]}
         keep = ("user_id", "history") if file == "users" else ("user_id", "business_id", "click")
@@ -804,6 +834,9 @@ def test_what_is_in_the_way_of_a_later_dataset_is_said_before_the_first(tmp_path
     write(tmp_path / "out/hm/mine.txt", "hello")
     code, _, err = run("yelp", "hm", "--raw", RAW, "--out", tmp_path / "out")
     assert code == 2 and "holds mine.txt" in err and not (tmp_path / "out/yelp").exists()
+    prepared("cds", tmp_path / "out")
+    code, _, err = run("yelp", "cds", "--raw", RAW, "--out", tmp_path / "out", "--train-size", 5)
+    assert code == 2 and "different train_size" in err and not (tmp_path / "out/yelp").exists()
 
 
 def test_english_titles_apart_from_the_events_are_not_replaced_by_chinese_ones(tmp_path):
@@ -823,6 +856,9 @@ def test_a_demo_model_of_another_seed_is_not_taken(tmp_path, monkeypatch):
     assert code == 2 and "demo-model was made with a different seed" in err
     assert run("demo", "--out", tmp_path, "--seed", "7", "--overwrite")[0] == 0
     assert (tmp_path / "demo-model/seed").read_text() == "7"
+    (tmp_path / "demo-model/seed").unlink()
+    code, _, err = run("demo", "--out", tmp_path, "--seed", "7")
+    assert code == 2 and "gone or edited" in err
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
