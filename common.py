@@ -289,13 +289,16 @@ def encode(scorer, texts):
         special_tokens = False  # the template has written them
     if not texts:
         return []
-    ids = scorer.tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-    eos = scorer.tokenizer.eos_token_id
-    strip_eos = special_tokens and scorer.type == "prompt" and scorer.family == "causal"  # the answer comes next
+    tokenizer = scorer.tokenizer
+    ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
+    closing = []  # what some tokenizers put at the end, where a decoder-only model's answer comes next
+    if special_tokens and scorer.type == "prompt" and scorer.family == "causal":
+        closing = [tokenizer.eos_token_id, tokenizer.sep_token_id]
     for i, tokens in enumerate(ids):
-        if strip_eos and tokens[-1:] == [eos]:
+        if tokens and tokens[-1] in closing:
             tokens = tokens[:-1]
-        ids[i] = tokens or [eos or 0]  # an item without text, a tokenizer without BOS: there must be a state to read
+        # an item without text, a tokenizer without BOS: there must be a state to read
+        ids[i] = tokens or [tokenizer.eos_token_id or 0]
     return ids
 
 
@@ -492,19 +495,24 @@ def score_prompts(scorer, users):
 
     What it took: tokens_scored, tokens_unpacked (in separate prompts), dropped (history items per user, to fit).
     """
-    per_user, dropped, tokens_unpacked = [], [], 0
+    per_user, numbers, dropped, tokens_unpacked = [], [], [], 0
     for user in users:
         ids, cut = encode_user(scorer, user)
-        per_user.append(ids)
+        distinct = {}  # of equal prompts one is scored, so that rounding cannot tell them apart
+        for tokens in ids:
+            distinct.setdefault(tuple(tokens), len(distinct))
+        per_user.append(list(distinct))
+        numbers.append([distinct[tuple(tokens)] for tokens in ids])
         dropped.append(cut)
         tokens_unpacked += sum(map(len, ids))
     rows = rows_of(scorer, per_user)
     with torch.no_grad():
         scores = in_batches(scorer, rows, score_rows).cpu().numpy()
     ends = np.cumsum(list(map(len, per_user)))
+    by_user = np.split(scores, ends[:-1])
     tokens_scored = sum(map(row_length, rows))
     took = {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
-    return np.split(scores, ends[:-1]), took
+    return [own[number] for own, number in zip(by_user, numbers)], took
 
 # ----------------------------------------------------------------------------------------------- embedding scoring
 
@@ -639,6 +647,8 @@ def load_pretrained(args, name):
     remote = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
+    if isinstance(tokenizer.chat_template, str):  # some (Llama-3.1) write today's date: every day the same prompt
+        tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.chat_template)
     family = family_of(config)
     class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
     loader = getattr(transformers, class_name)
@@ -679,6 +689,8 @@ def check_model(scorer, missing):
     missing: names of the weights that its file lacks, which transformers then invents.
     """
     name, tokenizer = scorer.name, scorer.tokenizer
+    if Path(name, "adapter_config.json").exists():  # transformers would load the adapter, too
+        raise UserError(f"{name} holds an adapter: give it as --adapter, and its base model as --model")
     missing = [key for key in missing if "pooler" not in key]  # scores use none
     if missing and scorer.type == "prompt":
         raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
@@ -694,6 +706,8 @@ def check_model(scorer, missing):
                         "they do not belong together")
     if scorer.type == "embed":
         return
+    if scorer.model.config.model_type == "xlnet":
+        raise UserError(f"the LM head of {name} predicts the token that it reads, not the next one: use --type embed")
     if scorer.family == "masked" and tokenizer.mask_token is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
     if scorer.family == "seq2seq" and getattr(scorer.model.config, "decoder_start_token_id", None) is None:
@@ -1341,7 +1355,8 @@ def count_long_texts(users, items):
 def folder_sha256(folder, pattern="**/*"):
     """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples.
 
-    Of a file of a megabyte or less all is read, of a larger one 64 places: retraining changes all of them.
+    Of a file of a megabyte or less all is read, of a larger one 64 places: retraining changes all of them, an edit of
+    some weights may go unseen.
     """
     content = hashlib.sha256()
     for path in sorted(Path(folder).glob(pattern)):

@@ -46,6 +46,8 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.model in BASELINES and args.adapter:
         raise UserError(f"{args.model} is a baseline without a model: it takes no --adapter")
+    if args.against and Path(args.against).resolve() == Path(args.out).resolve():
+        raise UserError("--against and --out are the same folder")
     return args
 
 
@@ -103,7 +105,10 @@ def say_warnings(args, run, names):
         if run["job"][key] != now[key]:
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
     for name in names:
-        if name in run["valid_chain"] and name not in run["train_chain"]:
+        if args.split != "test" and name in run["train_chain"] + run["valid_chain"]:
+            say(f"{name}: this adapter was fine-tuned with its train and valid users, so the {args.split} split is not "
+                "unseen")
+        elif name in run["valid_chain"] and name not in run["train_chain"]:
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
 
 
@@ -131,8 +136,8 @@ def status_of(args, name, job):
         return "start"
     result = result_path(args.out, name)
     found = common.job_in(scores_path(args.out, name))
-    if result.exists() and not (found and common.job_in(result)):
-        found = {}  # another program's, or its scores are gone
+    if result.exists() and common.job_in(result) != found:
+        found = {}  # of other scores, of another program, or its scores are gone
     return common.job_status(Path(args.out, name), job, found, result.exists())
 
 

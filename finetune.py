@@ -63,8 +63,9 @@ def arguments(argv):
         raise UserError("--lr is a positive number, --lora-dropout at least 0 and below 1")
     if args.dtype == "float16":
         raise UserError("--dtype float16 needs loss scaling to train, which is not done here: bfloat16 or float32")
-    if args.init_adapter and Path(args.init_adapter).resolve() == Path(args.out).resolve():
-        raise UserError("--init-adapter and --out are the same folder")
+    for source in (args.model, args.init_adapter):
+        if source and Path(source).resolve() == Path(args.out).resolve():
+            raise UserError(f"--out is the folder {source}, from which the run starts: choose another")
     return args
 
 
@@ -407,6 +408,10 @@ def add_lora(args, scorer):
         model = peft.get_peft_model(scorer.model, config).eval()
     except ValueError as error:
         raise UserError(f"LoRA on {targets} of {scorer.name}: {error}; choose other --lora-targets") from None
+    for target in args.lora_targets or []:
+        adapted = [name for name in model.targeted_module_names if f".{name}".endswith(f".{target}")]
+        if not adapted and targets != "all-linear":
+            raise UserError(f"--lora-targets: no module of {scorer.name} is called {target}")
     if args.type == "prompt" and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
         raise UserError("--lora-targets names the LM head, which has only the rows of the two answers here")
     return scorer._replace(model=model)

@@ -32,6 +32,7 @@ ZERO = "zero-shot"  # the row of the base model
 DRAWS = 1000  # of the bootstrap, per cell
 # what two cells have to share to be compared; compare takes the first two
 SAME = ("setting", "target", "source", "data_sha256", "n_users", "split", "history")
+OWN_FLAGS = ("--data", "--model", "--type", "--train", "--test", "--out", "--adapter", "--against")  # of a cell
 SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -54,13 +55,14 @@ def arguments(argv):
     args = parser.parse_args(argv)
     args.sources = list(dict.fromkeys(args.sources or []))  # none twice
     args.targets = list(dict.fromkeys(args.targets or []))
+    args.k = list(dict.fromkeys(args.k))
     complete = args.model and args.sources and args.targets and args.out
     if not args.compare and (not complete or args.model in evaluate.BASELINES):
         raise UserError("give --model (one that can be fine-tuned), --sources, --targets and --out, or --compare")
     if ZERO in args.sources:
         raise UserError(f"{ZERO} is always the first row: leave it out of --sources")
     for word in [*args.finetune_args, *args.evaluate_args]:
-        if word.split("=")[0] in ("--data", "--model", "--train", "--test", "--out", "--adapter", "--against"):
+        if word.split("=")[0] in OWN_FLAGS:
             raise UserError(f"--finetune-args and --evaluate-args take no {word}")
     return args
 
@@ -404,7 +406,8 @@ def notes(matrix):
                 lines.append(f"Training on {source}: validation labels of {target} chose the checkpoint (--valid), so "
                              f"{target} is not unseen.")
     for source, target in matrix["failed"]:
-        lines.append(f"Failed: {source} on {target}." if target else f"Failed: training on {source}.")
+        what = f"{source} on {target}" if target else f"training on {source}, which RRA@K then leaves out"
+        lines.append(f"Failed: {what}.")
     return lines
 
 
@@ -432,6 +435,8 @@ def compare(folders):
     matrices = {}  # {row's name: {(setting, target, and what else must be the same): value}}
     for folder in folders:
         matrix = common.read_json(Path(folder, "matrix.json"))
+        if not isinstance(matrix, dict) or "cells" not in matrix:
+            raise UserError(f"{folder}/matrix.json was not made by transfer_matrix.py")
         values = {}
         for cell in matrix["cells"]:
             if cell["value"] is not None:

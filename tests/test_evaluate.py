@@ -339,7 +339,7 @@ def test_nan_scores_are_an_error(data, tmp_path, folders, capsys):
     for kind in ("prompt", "embed"):
         error = error_of(capsys, data, "--model", tmp_path / "broken", "--test", "mind", "--type", kind,
                          "--out", tmp_path / kind)
-        assert "NaN" in error or "other scores on each run" in error or "LM head" in error
+        assert "NaN" in error or "LM head" in error
         assert not (tmp_path / kind).exists()
 
 
@@ -367,6 +367,10 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     assert "finished already" in capsys.readouterr().err
     assert run(data, "--test", "mind", "--model", folders["llama"], "--out", tmp_path / "base") == 0
     assert scores_in(tmp_path / "out") != scores_in(tmp_path / "base")
+    shutil.copyfile(data / "mind/test.jsonl", data / "mind/valid.jsonl")
+    valid = [data, "--test", "mind", "--split", "valid", "--adapter", tmp_path / "run", "--out", tmp_path / "valid"]
+    assert run(*valid, "--model", folders["llama"]) == 0
+    assert "was fine-tuned with its train and valid users" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file, old, new", [
@@ -481,7 +485,16 @@ def test_against_other_users_is_refused(data, tmp_path, capsys):
     write_dataset(data, "mind", 10, seed=1)
     assert "data_sha256 differs" in error_of(capsys, *command, tmp_path / "c", "--limit-users", 5, *against)
     assert "holds no result of mind" in error_of(capsys, *command, tmp_path / "d", "--against", tmp_path / "x")
+    assert "same folder" in error_of(capsys, *command, tmp_path / "b", *against)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_result_beside_the_scores_of_another_job_is_refused(data, tmp_path, capsys):
+    for model in ("random", "popularity"):
+        assert run(data, "--model", model, "--test", "mind", "--out", tmp_path / model) == 0
+    shutil.copyfile(tmp_path / "random/mind.json", tmp_path / "popularity/mind.json")
+    command = [data, "--model", "popularity", "--test", "mind", "--out", tmp_path / "popularity"]
+    assert "gone or edited" in error_of(capsys, *command)
 
 
 @pytest.mark.parametrize("content", ['{"x": 1}', "[]", '{"job": {"ty'])

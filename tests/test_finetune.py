@@ -720,7 +720,8 @@ def test_an_adapter_belongs_to_its_base_model_and_type(data, models, tmp_path, w
     torch.nn.init.normal_(network.model.norm.weight)
     network.save_pretrained(moved)
     assert "is an adapter for --model" in error_of(capfd, data, moved, tmp_path / "other", *init)
-    assert "same folder" in error_of(capfd, data, models["llama"], whole[0], *init, "--overwrite")
+    assert "from which the run starts" in error_of(capfd, data, models["llama"], whole[0], *init, "--overwrite")
+    assert "from which the run starts" in error_of(capfd, data, moved, moved, *SHORT)
 
 
 def test_targets_can_be_chosen_and_a_plain_peft_model_loads_the_adapter(data, models, tmp_path):
@@ -808,6 +809,7 @@ def test_a_rate_that_diverges_is_one_line(data, models, tmp_path, capfd, kind):
     (["--lora-dropout", 1.5], "--lora-dropout at least 0"), (["--epochs", 0], "--epochs: '0' is not a whole number"),
     (["--dtype", "float16"], "bfloat16 or float32"), (["--valid-metric", "best"], "invalid choice: 'best'"),
     (["--target", "mind"], "unrecognized arguments"), (["--lora-targets", "no_such_module"], "no_such_module"),
+    (["--lora-targets", "q_proj", "v_porj"], "no module of"), (["--lora-targets", "all-linear", "q_proj"], "no module of"),
     (["--train", "hm"], "run: python prepare_data.py hm"), (["--valid", "nothing"], "unknown dataset 'nothing'"),
     (["--init-adapter", "nothing"], "nothing holds no finished run")])
 def test_bad_arguments_are_one_line(data, models, tmp_path, capfd, flags, what):

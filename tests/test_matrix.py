@@ -189,6 +189,7 @@ def test_what_is_wrong_or_in_the_way_is_one_line_before_anything_runs(data, tmp_
         assert "--lr" in error("--finetune-args=--lr 0", *more)
     assert "--adapter" in error("--evaluate-args=--adapter=x") and "--train" in error("--finetune-args=--train shop")
     assert "take no --against" in error("--evaluate-args=--against there")
+    assert "take no --type" in error("--finetune-args=--type embed")
     assert "fine-tuned" in error("--model", "itemknn") and "--k" in error("--k", "0")
     assert "--metric" in error("--metric", "logloss")
     assert "unknown dataset 'news-c'" in error(sources=["news-a+news-c"])
@@ -235,7 +236,7 @@ def test_failures_leave_cells_empty_and_the_others_go_on(data, tmp_path, monkeyp
     empty = [(c["source"], c["target"]) for c in matrix["cells"] if c["value"] is None]
     assert empty == [("news-a", "books-a"), *(("shop", target) for target in TARGETS)]
     assert matrix["failed"] == [["news-a", "books-a"], ["shop", None], *(["shop", target] for target in TARGETS)]
-    assert "Failed: news-a on books-a." in captured.out and "Failed: training on shop." in captured.out
+    assert "Failed: news-a on books-a." in captured.out and "Failed: training on shop, which RRA@K" in captured.out
     assert Path(tmp_path, "matrix.svg").read_text().count(">empty<") == 5
     assert list(matrix["rra"]) == ["news-a", "news-b"]  # shop has no cell, so it is not ranked
     fakes.broken = {}
@@ -501,6 +502,10 @@ def test_compare_models_by_setting(tmp_path, capsys):
     code, err, _ = compare(small, write_matrix(tmp_path / "o", {"zero-shot": (0.5, 0.5)}, metric="mrr"))
     assert code == 2 and "share no cell: their metrics" in err and err.count("\n") == 1
     assert compare(str(tmp_path))[0] == 2
+    for content in ("{}", "[1]"):
+        (tmp_path / "matrix.json").write_text(content)
+        code, err, _ = compare(small, str(tmp_path))
+        assert code == 2 and "was not made by transfer_matrix.py" in err
 
 # ------------------------------------------------------------------------------------------------------------ for real
 

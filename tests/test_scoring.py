@@ -4,6 +4,7 @@ import dis
 import inspect
 import json
 import os
+import shutil
 import types
 from collections import Counter
 
@@ -126,12 +127,30 @@ def test_any_tokenizer_and_candidates_that_are_prefixes_of_one_another(model, tm
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps(wording))
     folder, wording = model("llama", tokenizer), {**common.PROMPT, **wording}
-    closed = tokenizer == "word_piece"  # its [SEP] ends every prompt
-    want = plain_scores(folder, plain_prompts(USERS, wording))
+    closed = tokenizer == "word_piece"  # its [SEP] would end every prompt, where the answer is to come
+    want = plain_scores(folder, plain_prompts(USERS, wording), ends_with_eos=closed)
     scorer = scorer_of(folder, "--prompt", path)
     assert_same(score(scorer), want)
-    assert closed or want[0] == want[4] != want[1]
+    assert want[0] == want[4] != want[1]
     assert_same(score(scorer._replace(max_tokens=60)), want)
+
+
+@pytest.mark.parametrize("max_tokens", [1000, 120])
+def test_equal_candidates_get_equal_scores_whatever_the_rounding(model, max_tokens):
+    titles = ["the red moon", "old river song", "the red moon", "storm", "the red moon", "storm king"]
+    scorer = scorer_of(model("llama"), "--dtype", "bfloat16", "--max-tokens", max_tokens)
+    [scores, other], _ = common.score_prompts(scorer, [user("twins", ["old river"], titles), USERS[0]])
+    assert scores[0] == scores[2] == scores[4] and len(set(scores)) == 4 and len(other) == len(USERS[0]["candidates"])
+    exact = score(scorer_of(model("llama")), [user("twins", ["old river"], titles)])
+    assert np.abs(scores - exact).max() < 0.1
+
+
+def test_an_adapter_s_folder_is_no_base_model(model, tmp_path):
+    shutil.copytree(model("llama"), tmp_path / "both")
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    peft.get_peft_model(network, peft.LoraConfig()).save_pretrained(tmp_path / "both")
+    with pytest.raises(common.UserError, match="holds an adapter: give it as --adapter"):
+        scorer_of(tmp_path / "both")
 
 
 def test_a_row_holds_the_longest_common_prefix_once(model):
@@ -356,11 +375,10 @@ def test_longrope_prompts_stay_below_the_original_length(tmp_path):
     ("bart", "BartConfig", "BartForConditionalGeneration",
      dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
           encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=512, decoder_start_token_id=0)),
-    ("xlnet", "XLNetConfig", "XLNetLMHeadModel", dict(d_model=32, n_layer=2, n_head=4, d_inner=48)),
     ("mobilebert", "MobileBertConfig", "MobileBertForMaskedLM", dict(SMALL, embedding_size=16)),
 ])
 def test_odd_heads_and_positions_are_scored_or_refused_in_one_line(tmp_path, family, config_name, model_name, changes):
-    """BART: a bias of vocabulary size. XLNet: -1 positions. MobileBERT: a head of two matrices."""
+    """BART: a bias of vocabulary size. MobileBERT: a head of two matrices."""
     tokenizer = {"bart": tiny.sentence_piece(eos=True), "mobilebert": tiny.word_piece()}.get(family)
     folder = tiny_network(tmp_path, config_name, model_name, tokenizer, **changes)
     if family == "mobilebert":
@@ -371,6 +389,13 @@ def test_odd_heads_and_positions_are_scored_or_refused_in_one_line(tmp_path, fam
     network = getattr(transformers, model_name).from_pretrained(folder).eval()
     want = plain_scores(folder, plain_prompts(USERS), kind=kind, network=network)
     assert np.abs(score(scorer_of(folder)) - want).max() < 1e-5 * (1 + np.abs(want).max())
+
+
+def test_xlnet_has_embeddings_and_no_next_token(tmp_path):
+    folder = tiny_network(tmp_path, "XLNetConfig", "XLNetLMHeadModel", d_model=32, n_layer=2, n_head=4, d_inner=48)
+    assert scorer_of(folder, "--type", "embed").limit == 1024  # its -1 positions mean no limit
+    with pytest.raises(common.UserError, match="predicts the token that it reads"):
+        scorer_of(folder)
 
 
 def test_what_a_configuration_lacks_is_one_line(tmp_path):
@@ -468,6 +493,14 @@ def test_a_template_that_leaves_the_answer_out_or_cuts_the_prompt_is_refused(tmp
     tokenizer.chat_template = template
     with pytest.raises(common.UserError, match="changes the prompt or leaves the assistant's answer out"):
         scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path, monkeypatch):
+    tokenizer = tiny.byte_level()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["chatml"][0]
+    scorer = scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
+    text, _ = common.render_chat(scorer.tokenizer, "x", "Yes")
+    assert "26 Jul 2024" in text
 
 
 def test_no_chat_template_is_one_line(model):
