@@ -676,11 +676,10 @@ def family_of(config):
     if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone says false
         return "seq2seq"
     saved_class = (config.architectures or [""])[0]
-    if saved_class.endswith("WithLMHeadModel"):  # XLM and Flaubert: either
-        return "causal" if getattr(config, "causal", False) else "masked"
-    if saved_class.endswith(("CausalLM", "LMHeadModel")):
+    decoder = saved_class.endswith(("CausalLM", "LMHeadModel")) and "WithLMHead" not in saved_class  # XLM, Flaubert
+    if decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "causal"
-    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+    return "masked"
 
 
 def check_model(scorer, missing):

@@ -9,9 +9,9 @@
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
 Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line per user {"user",
-"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (rows read, malformed,
-dropped and why; sha256). Unusable rows are counted over whole files, unusable users and candidates among those users
-that were examined to reach the sizes.
+"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (rows read, malformed, dropped and why;
+sha256). Unusable rows are counted over whole files, unusable users and candidates among those users that were examined
+to reach the sizes.
 
 In reading order: what is to be made, and is it there already; the raw formats; reading their rows; a uniform sample of
 users with complete histories, in bounded memory; a user's history and candidates, by kind of dataset; splits and their
