@@ -395,13 +395,13 @@ def main():
     parser.add_argument("names", nargs="*", help="model types; all if not given")
     parser.add_argument("--type", choices=TRUTH, default="prompt")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--models", default=tempfile.mkdtemp(), help="folder for the tiny models")
     args = parser.parse_args()
     rows, counts = [("architecture", "how", "largest error, as a share of the spread", "")], {}
     for row in ARCHITECTURES:
         if args.names and row[1] not in args.names:
             continue
-        outcome = examine(Path(args.models, label(*row)), *row, args.type, args.dtype)
+        with tempfile.TemporaryDirectory() as models:  # of one model: all take 3 GB
+            outcome = examine(Path(models, label(*row)), *row, args.type, args.dtype)
         print(label(*row), outcome, file=sys.stderr, flush=True)
         errors = [f"{way} {error:.0e}" for way, error in outcome.errors.items()]
         rows.append((label(*row), outcome.how, ", ".join(errors), outcome.detail))
