@@ -18,7 +18,8 @@ That is prompt-based scoring. Embedding-based scoring needs no answer: the histo
 and the score is the cosine of their embeddings.
 
 In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, how texts may share
-a forward pass, metrics, intervals, files and flags. Section numbers are the paper's.
+a forward pass, metrics, intervals, files and flags. The method is in all but the loading, the forward passes and the
+files. Section numbers are the paper's.
 """
 import argparse
 import hashlib
@@ -48,7 +49,7 @@ class Dataset(NamedTuple):
     domain: str
     test: bool  # one of the paper's ten test sets
     finetune: bool  # one of the paper's ten fine-tune sets
-    kind: str  # impressions, ratings, sequences (or demo): how candidates are chosen, see prepare_data.py
+    kind: str  # impressions, ratings, sequences: how candidates are chosen, see prepare_data.py
     positives: int  # candidates per user, at most
     negatives: int
 
@@ -70,14 +71,10 @@ DATASETS = {
     "hotelrec":    Dataset("hotel", True, False, "ratings", 2, 25),
     "yelp":        Dataset("restaurant", True, False, "ratings", 2, 10),
 }
-DEMO = {  # made by `prepare_data.py demo`, no download
-    "news-a":  Dataset("news", True, True, "demo", 4, 4),
-    "news-b":  Dataset("news", True, True, "demo", 4, 4),
-    "books-a": Dataset("book", True, True, "demo", 4, 4),
-    "books-b": Dataset("book", True, True, "demo", 4, 4),
-    "shop":    Dataset("shop", True, True, "demo", 4, 4),
+DEMO = {  # domains of the datasets that `prepare_data.py demo` makes, no download
+    "news-a": "news", "news-b": "news", "books-a": "book", "books-b": "book", "shop": "shop",
 }
-DOMAINS = {name: row.domain for name, row in {**DATASETS, **DEMO}.items()}
+DOMAINS = {**{name: row.domain for name, row in DATASETS.items()}, **DEMO}
 SETTINGS = {
     "A/B": "zero-shot (A: one dataset by itself, B: over several; the scores are the same)",
     "C": "single-domain single-dataset: the target alone",
@@ -176,32 +173,30 @@ def candidate_prompts(prompt, history, candidates):
     return [fill(prompt["prompt"], history=shared, candidate=text) for text in candidates]
 
 
-def render_chat(tokenizer, text, word):
+def render_chat(tokenizer, text):
     """The text as a user's message in the tokenizer's chat template, up to where the assistant's answer starts.
 
-    Returns (text before the answer, the answer as the template writes it). The template decides what stands before the
-    answer: a line break (GLM-4) belongs to the text, a space (Mistral, Llama-2) to the answer, since tokenizers join a
-    space to the word after it. So an answer is rendered, too, and cut off again.
+    Returns (text before the answer, the space with which the answer begins: " " or ""). The template decides what
+    stands before the answer: a line break (GLM-4) belongs to the text, a space (Mistral, Llama-2) to the answer, since
+    tokenizers join a space to the word after it. So an answer is rendered, too, and cut off again.
     """
-    word = word.strip()
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": word}]
+    answer = "an-answer-to-cut-off"  # no template writes this
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        before, _, _ = rendered.rpartition(word)
+        before, _, _ = rendered.rpartition(answer)
     except Exception as error:  # there is no template, or it is broken
         raise UserError(f"--chat-template: {str(error)[:300]}") from None
-    if text.strip() not in before:  # the word that was found stands in the prompt: the answer is missing
+    if text.strip() not in before:
         raise UserError("--chat-template: the template changes the prompt or leaves the assistant's answer out")
-    if before.endswith(" "):
-        return before.rstrip(" "), " " + word
-    return before, word
+    return before.rstrip(" "), " " if before.endswith(" ") else ""
 
 
 def answer_token(tokenizer, context, word, chat=False):
     """The id of the token that stands for an answer word after the text `context`.
 
-    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Where the end of the context and the word become
-    one token: the word's own entry in the vocabulary.
+    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Where the word changes the tokens of the
+    context: its own entry in the vocabulary.
     chat: the template has decided what stands before the word, so it is the first token that goes beyond the context.
     Raises UserError where there is no such token.
     """
@@ -229,7 +224,8 @@ def answer_tokens(tokenizer, prompt, chat_template=False):
     for word in prompt["answers"]:
         before = context
         if chat_template:
-            before, word = render_chat(tokenizer, context, word)
+            before, space = render_chat(tokenizer, context)
+            word = space + word.strip()
         tokens.append(answer_token(tokenizer, before, word, chat_template))
     if tokens[0] == tokens[1]:
         shown = tokenizer.convert_ids_to_tokens(tokens)[0]
@@ -264,7 +260,7 @@ class Scorer(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a batch: suffixes (token ids) that each continue the prefix (token ids)."""
+    """A row of a batch: suffixes (token ids) that each continue the prefix (token ids); one suffix where unpacked."""
     prefix: list
     suffixes: list
     indices: list  # of each suffix: the number of its text, counted over all users of a call
@@ -285,13 +281,13 @@ def encode(scorer, texts):
     """Token ids of texts, each tokenised whole."""
     special_tokens = scorer.prompt["special_tokens"]
     if scorer.chat_template and scorer.type == "prompt":
-        texts = [render_chat(scorer.tokenizer, text, scorer.prompt["answers"][0])[0] for text in texts]
+        texts = [render_chat(scorer.tokenizer, text)[0] for text in texts]
         special_tokens = False  # the template has written them
     if not texts:
         return []
     tokenizer = scorer.tokenizer
     ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-    closing = []  # what some tokenizers put at the end, where a decoder-only model's answer comes next
+    closing = []  # tokens that some tokenizers append: a decoder-only model has to answer before them
     if special_tokens and scorer.type == "prompt" and scorer.family == "causal":
         closing = [tokenizer.eos_token_id, tokenizer.sep_token_id]
     for i, tokens in enumerate(ids):
@@ -647,7 +643,7 @@ def load_pretrained(args, name):
     remote = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
-    if isinstance(tokenizer.chat_template, str):  # some (Llama-3.1) write today's date: every day the same prompt
+    if isinstance(tokenizer.chat_template, str):  # some write today's date: every day the same prompt
         tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.chat_template)
     family = family_of(config)
     class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
@@ -661,7 +657,7 @@ def load_pretrained(args, name):
     if args.type == "embed":
         pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
     limit = min(args.max_length, max_positions(model, tokenizer))
-    max_tokens = args.max_tokens or (1024 if device == "cpu" else 8192)
+    max_tokens = args.max_tokens or (1024 if device.startswith("cpu") else 8192)
     scorer = Scorer(
         name=name, model=model, tokenizer=tokenizer, type=args.type, family=family, layout="padded", prompt=prompt,
         chat_template=args.chat_template, pooling=pooling, dense=dense.to(device, torch.float64), limit=limit,
@@ -747,7 +743,7 @@ def sentence_modules(name, pooling, default):
             dense.append(load_dense(name, module["path"]))
     if pooling == "auto":
         pooling = default
-        say(f"{name}: pooling {pooling}, since there are no sentence-transformers files (hub out of reach? --pooling)")
+        say(f"{name}: pooling {pooling}, since its files name none (or the hub is out of reach: then give --pooling)")
     return pooling, dense
 
 
@@ -871,9 +867,9 @@ def load_adapter(scorer, folder, trainable=False):
 def find_layout(scorer):
     """The layout (see Scorer) in which texts share a forward pass without changing each other's scores.
 
-    No list of architectures is complete, so the loaded model itself is asked, on made-up token ids, on packed rows as
-    long as any that will be run and beside up to 1,024 tokens of padding. Raises UserError where the model gives other
-    scores each time.
+    No list of architectures is complete, so the loaded model itself is tried on made-up token ids: on packed rows as
+    long as any that will be run, and on texts beside up to 1,024 tokens of padding. Raises UserError where the model
+    gives other scores each time.
     """
     if scorer.type == "prompt" and scorer.family == "causal":
         fault = packing_fault(scorer)
@@ -1381,7 +1377,7 @@ def model_identity(model):
 
 
 def job_of(args, ignored):
-    """What an output is made of: a dict of the arguments and of what prompt, dtype and model mean.
+    """What an output is made of: a dict of the arguments, with what the prompt, the dtype and the model are in the end.
 
     Left out are arguments that change nothing or no more than rounding, those named here and in `ignored`. What is in
     the folder --data changes results: callers add its data_sha256.
@@ -1546,9 +1542,9 @@ def run_script(main, argv=None):
     except OSError as error:  # a full disk, a folder that cannot be written
         message = f"{error.filename or 'input/output'}: {error.strerror or error}"
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --max-tokens"
+        message = "the GPU's memory is full: lower --max-tokens, or take a smaller model"
     except KeyboardInterrupt:
-        print("\ninterrupted: to continue, run the same command again, without --overwrite", file=sys.stderr)
+        print("\ninterrupted: run the same command again, without --overwrite", file=sys.stderr)
         return 130
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

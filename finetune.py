@@ -28,7 +28,7 @@ import common
 from common import UserError, say
 
 CHUNK_SIZE = 10  # candidates of one user that stay together in shuffling, to share a packed row
-UNSTABLE = 0.05  # training is called so where the validation metric falls by more between two evaluations
+UNSTABLE = 0.05  # training is unstable where the validation metric falls by more from one evaluation to the next
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's format
 
 
@@ -234,7 +234,7 @@ def train_step(scorer, optimizer, train, batch):
 
 
 def by_user(train, samples):
-    """Samples, (index of user, of candidate), in the form of train, user by user: a user's prompts share a row."""
+    """Samples, (index of user, of candidate), grouped by user, each as in train: a user's prompts share a row."""
     users = {}
     for user, candidate in samples:
         ids, labels = train[user]

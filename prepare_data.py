@@ -99,8 +99,6 @@ def main(argv=None):
             to_do.append((folder, job, paths))
     for folder, job, paths in to_do:
         prepare(folder, job, paths)
-    if "demo" in args.names:
-        print(f"{Path(args.out, 'demo-model')} is the model to start from")
 
 
 def list_datasets():
@@ -122,9 +120,9 @@ def list_datasets():
 
 
 def plan(name, args):
-    """(the job of a dataset: what its files are made of, but for the hashes; the paths to read, {name: path}).
+    """(the job of a dataset, but for the hashes of its raw files; the paths of these, {name: path}).
 
-    Raises UserError where files are missing.
+    The job says what the dataset is made of. Raises UserError where files are missing.
     """
     job = {"dataset": name, "seed": args.seed}
     if name not in SOURCES:  # of the demo
@@ -162,8 +160,8 @@ def raw_hashes(paths):
 def found_job(folder):
     """The job of a folder that would be replaced, None where there is no folder, or an empty one.
 
-    {} where the folder is not what that job has written: of another version, or a file is gone or edited. Raises
-    UserError where it holds anything that this script has not written: it would be deleted.
+    {} where the folder is not what that job has written: of another version, or a file is gone or (of a dataset)
+    edited. Raises UserError where it holds anything that this script has not written: it would be deleted.
     """
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if not names:
@@ -281,7 +279,7 @@ def time_of(text):
 
 # A function per format turns a row into (item, text) or into (user, [(item, time, label)], past). The past is an
 # impression's own history, (time, item ids in one string), else None. The time is None where the file gives only an
-# order. The row is a list of fields as text (of csv and json those that SOURCES names, if it names any) or, where the
+# order. The row is a list of fields as text (csv and json: of the columns in SOURCES, if there are any) or, where the
 # form is text or netflix, the line. ValueError: the row is malformed.
 
 
@@ -531,7 +529,7 @@ def find_raw(name, raw):
             found.append(folder)
     found = [folder for folder in found if "train" in folder.name] or found
     if len(found) > 1:
-        raise UserError(f"{found[0]} or {found[1]}? Leave one of them in {root}")
+        raise UserError(f"{found[0]} and {found[1]} both hold the files: leave one of them in {root}")
     if not found:
         item_files = " or ".join(table.files for table in source.items)
         there = ", ".join(sorted(path.name for path in root.glob("*"))[:9])
@@ -583,7 +581,7 @@ def csv_rows(path, lines):
 
 
 def is_header(path, table, row):
-    """Whether the first row of a raw file is its header: of CSV with columns it is, of others if it holds no digit.
+    """Whether the first row of a file is its header: of CSV with named columns always, else if it holds no digit.
 
     Raises UserError where a column is missing.
     """
@@ -676,7 +674,7 @@ def read_texts(rows, dropped):
             dropped["items without text"] += 1
         else:
             items[item] = min(text, items.get(item, text))
-    return dict(sorted(items.items()))  # negatives are drawn by place, whatever the order of the file
+    return dict(sorted(items.items()))  # sorted, since negatives are drawn by number
 
 
 # ------------------------------------------------------------------------------------------------- a sample of users
@@ -791,7 +789,7 @@ def user_line(user, latest, past, item_ids, job, dropped):
         if not found:
             dropped[f"users without {part}"] += 1
             return None
-    candidates = by_hash(positives + negatives, key, "place")  # a hash of its own: places must not tell labels
+    candidates = by_hash(positives + negatives, key, "place")  # another hash than the one that chose them
     labels = [int(item in positives) for item in candidates]
     return {"user": user, "history": history[-job["max_history"]:], "candidates": candidates, "labels": labels}
 
@@ -1051,7 +1049,7 @@ def demo_dataset(name, seed):
     for theme in themes:
         rng = random.Random(common.digest(seed, name, theme))
         for k in range(40):
-            pattern = rng.choice(TITLES[common.DEMO[name].domain])
+            pattern = rng.choice(TITLES[common.DEMO[name]])
             items[f"{theme}-{k}"] = theme_title(rng, pattern, theme)
     splits = {}
     number = 0
@@ -1105,7 +1103,7 @@ def demo_documents(seed):
 def demo_tokenizer(folder, documents):
     """A tokenizer whose tokens are lower-case words and marks: those of the documents and of the prompt."""
     import transformers
-    prompt = [str(value) for value in common.PROMPT.values()] + common.PROMPT["answers"]
+    prompt = [str(value) for value in common.PROMPT.values()]
     numerals = [str(number) for number in range(1, 21)]
     text = " ".join(documents) + " ".join(prompt + numerals).lower()
     words = ["<pad>", "<s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))]

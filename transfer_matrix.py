@@ -30,9 +30,10 @@ from common import UserError, say
 
 ZERO = "zero-shot"  # the row of the base model
 DRAWS = 1000  # of the bootstrap, per cell
-# what two cells have to share to be compared; compare takes the first two
+# cells are compared where all of these agree; compare groups by the first two
 SAME = ("setting", "target", "source", "data_sha256", "n_users", "split", "history")
-OWN_FLAGS = ("--data", "--model", "--type", "--train", "--test", "--out", "--adapter", "--against")  # of a cell
+# what the matrix itself sets in the command lines of trainings and cells
+OWN_FLAGS = ("--data", "--model", "--type", "--train", "--test", "--out", "--adapter", "--against")
 SIGNS = {"better": "▲", "worse": "▼", "": ""}
 
 
@@ -191,7 +192,7 @@ def analyse(args, failed):
     cells, draws = read_cells(args, failed, chains, domains)
     try:
         similar = similarity(args, cells)
-    except (UserError, torch.OutOfMemoryError) as error:  # the cells are worth having without it
+    except (UserError, RuntimeError) as error:  # no memory, perhaps: the cells are worth having without it
         say(f"no similarity of the datasets: {error}")
         similar = {"pairs": 0, "rank_correlation": None}
     return {

@@ -218,7 +218,7 @@ def embed_case(args, scorer, heads, users):
 
 def train_cases(args, scorer, heads, users):
     """A step of finetune.py without dropout, on the first batch of an epoch; texts are tokenised beforehand."""
-    command = ["--model", "-", "--train", "mind", "--out", "-", "--lora-dropout", "0"]
+    command = ["--model", "-", "--train", "mind", "--out", "nowhere", "--lora-dropout", "0"]
     options = finetune.arguments(command + ["--gradient-checkpointing"] * args.gradient_checkpointing)
     scorer = finetune.add_lora(options, scorer)
     parameters = finetune.trained_parameters(scorer)

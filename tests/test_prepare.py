@@ -660,7 +660,7 @@ def test_files_one_folder_deeper_are_found_and_packed_ones_named(tmp_path):
     assert prepared("movielens", tmp_path / "mixed", raw=tmp_path / "deep") == deep  # files of one folder, not of two
     shutil.copytree(tmp_path / "deep/movielens/ml-latest-small", tmp_path / "deep/movielens/ml-25m")
     code, _, err = run("movielens", "--raw", tmp_path / "deep", "--out", tmp_path / "x")
-    assert code == 2 and "Leave one of them" in err
+    assert code == 2 and "leave one of them" in err
     write(tmp_path / "other/movielens/u.data", "1\t2\t3\t4\n")
     code, _, err = run("movielens", "--raw", tmp_path / "other", "--out", tmp_path / "x")
     assert code == 2 and "there are u.data" in err

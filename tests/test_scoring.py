@@ -485,6 +485,18 @@ def test_the_chat_template_itself_says_what_the_answers_are(tmp_path, name):
     assert_same(score(scorer), plain_scores(folder, prompts, words=words))
 
 
+def test_an_answer_may_be_a_letter_that_the_template_writes_too(tmp_path):
+    tokenizer = tiny.byte_level()
+    template, around, _ = TEMPLATES["chatml"]
+    tokenizer.chat_template = template.replace("{{ m['content'] }}\n{% endif %}", "{{ m['content'] }}<|im_end|>{% endif %}")
+    folder = tiny.build("llama", tmp_path, tokenizer)
+    (tmp_path / "letters.json").write_text('{"answers": ["n", "i"]}')
+    before, after = around.split("{}")
+    prompts = [before + text + after for text in plain_prompts(USERS)]
+    scorer = scorer_of(folder, "--chat-template", "--prompt", tmp_path / "letters.json")
+    assert_same(score(scorer), plain_scores(folder, prompts, words=("n", "i")))
+
+
 @pytest.mark.parametrize("template", [
     "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>\n{{ m['content'] }}\n{% endif %}{% endfor %}",
     TURN + "<|user|>\n{{ m['content'][:40] }}\n{% else %}{{ m['content'] }}{% endif %}{% endfor %}"])
@@ -499,7 +511,7 @@ def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path, mon
     tokenizer = tiny.byte_level()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["chatml"][0]
     scorer = scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
-    text, _ = common.render_chat(scorer.tokenizer, "x", "Yes")
+    text, _ = common.render_chat(scorer.tokenizer, "x")
     assert "26 Jul 2024" in text
 
 

@@ -40,7 +40,7 @@ def test_setting_of_examples(train, target, letter):
 
 
 def test_setting_of_every_choice_of_up_to_three_datasets_and_every_target():
-    domain = {name: row.domain for name, row in {**common.DATASETS, **common.DEMO}.items()}
+    domain = {**{name: row.domain for name, row in common.DATASETS.items()}, **common.DEMO}
     seen = set()
     for universe in (common.DATASETS, DEMO):
         for train in (set(c) for n in range(4) for c in itertools.combinations(universe, n)):
