@@ -287,15 +287,12 @@ def encode(scorer, texts):
         return []
     tokenizer = scorer.tokenizer
     ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
-    closing = []  # tokens that some tokenizers append: a decoder-only model has to answer before them
     if special_tokens and scorer.type == "prompt" and scorer.family == "causal":
-        closing = [tokenizer.eos_token_id, tokenizer.sep_token_id]
-    for i, tokens in enumerate(ids):
-        if tokens and tokens[-1] in closing:
-            tokens = tokens[:-1]
-        # an item without text, a tokenizer without BOS: there must be a state to read
-        ids[i] = tokens or [tokenizer.eos_token_id or 0]
-    return ids
+        bare = tokenizer("yes item", add_special_tokens=False)["input_ids"]
+        if tokenizer("yes item")["input_ids"][-1] != bare[-1]:  # it appends EOS or SEP, where the answer has to come
+            ids = [tokens[:-1] for tokens in ids]
+    # an item without text, a tokenizer without BOS: there must be a state to read
+    return [tokens or [tokenizer.eos_token_id or 0] for tokens in ids]
 
 
 def encode_user(scorer, user):
@@ -643,8 +640,9 @@ def load_pretrained(args, name):
     remote = {"trust_remote_code": args.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(name, **remote)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
-    if isinstance(tokenizer.chat_template, str):  # some write today's date: every day the same prompt
-        tokenizer.chat_template = re.sub(r"strftime_now\([^)]*\)", "'26 Jul 2024'", tokenizer.chat_template)
+    if isinstance(tokenizer.chat_template, str) and "strftime_now" in tokenizer.chat_template:
+        # it writes today's date: here every day the same, or scores would change
+        tokenizer.chat_template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.chat_template
     family = family_of(config)
     class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
     loader = getattr(transformers, class_name)
@@ -672,10 +670,11 @@ def family_of(config):
     if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone says false
         return "seq2seq"
     saved_class = (config.architectures or [""])[0]
-    decoder = saved_class.endswith(("CausalLM", "LMHeadModel")) and "WithLMHead" not in saved_class  # XLM, Flaubert
-    if decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if saved_class.endswith("WithLMHeadModel"):  # XLM and Flaubert: either
+        return "causal" if getattr(config, "causal", False) else "masked"
+    if saved_class.endswith(("CausalLM", "LMHeadModel")):
         return "causal"
-    return "masked"
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
 def check_model(scorer, missing):

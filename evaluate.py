@@ -105,9 +105,8 @@ def say_warnings(args, run, names):
         if run["job"][key] != now[key]:
             say(f"{args.adapter} was trained with another --{key.replace('_', '-')}")
     for name in names:
-        if args.split != "test" and name in run["train_chain"] + run["valid_chain"]:
-            say(f"{name}: this adapter was fine-tuned with its train and valid users, so the {args.split} split is not "
-                "unseen")
+        if args.split != "test" and name in run["train_chain"]:
+            say(f"{name}: its train and valid users have shaped this adapter, so the {args.split} split is not unseen")
         elif name in run["valid_chain"] and name not in run["train_chain"]:
             say(f"{name}: its own validation labels chose this checkpoint (--valid), so it is not unseen")
 

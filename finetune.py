@@ -65,7 +65,7 @@ def arguments(argv):
         raise UserError("--dtype float16 needs loss scaling to train, which is not done here: bfloat16 or float32")
     for source in (args.model, args.init_adapter):
         if source and Path(source).resolve() == Path(args.out).resolve():
-            raise UserError(f"--out is the folder {source}, from which the run starts: choose another")
+            raise UserError(f"--out is {source}, from which the run starts: choose another")
     return args
 
 

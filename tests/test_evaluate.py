@@ -370,7 +370,10 @@ def test_an_adapter_is_scored_with_its_own_base_model_only(data, tmp_path, folde
     shutil.copyfile(data / "mind/test.jsonl", data / "mind/valid.jsonl")
     valid = [data, "--test", "mind", "--split", "valid", "--adapter", tmp_path / "run", "--out", tmp_path / "valid"]
     assert run(*valid, "--model", folders["llama"]) == 0
-    assert "was fine-tuned with its train and valid users" in capsys.readouterr().err
+    assert "chose this checkpoint" in capsys.readouterr().err
+    Path(tmp_path, "run", "run.json").write_text(json.dumps({**record, "train_chain": ["mind"]}))
+    assert run(*valid, "--model", folders["llama"]) == 0
+    assert "so the valid split is not unseen" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file, old, new", [

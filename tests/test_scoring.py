@@ -135,6 +135,13 @@ def test_any_tokenizer_and_candidates_that_are_prefixes_of_one_another(model, tm
     assert_same(score(scorer._replace(max_tokens=60)), want)
 
 
+def test_a_wording_that_ends_in_a_special_token_keeps_it(model, tmp_path):
+    wording = {**common.PROMPT, "prompt": common.PROMPT["prompt"] + "</s>"}
+    (tmp_path / "prompt.json").write_text(json.dumps(wording))
+    want = plain_scores(model("llama", "byte_level"), plain_prompts(USERS, wording))
+    assert_same(score(scorer_of(model("llama", "byte_level"), "--prompt", tmp_path / "prompt.json")), want)
+
+
 @pytest.mark.parametrize("max_tokens", [1000, 120])
 def test_equal_candidates_get_equal_scores_whatever_the_rounding(model, max_tokens):
     titles = ["the red moon", "old river song", "the red moon", "storm", "the red moon", "storm king"]
@@ -509,10 +516,11 @@ def test_a_template_that_leaves_the_answer_out_or_cuts_the_prompt_is_refused(tmp
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path, monkeypatch):
     tokenizer = tiny.byte_level()
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["chatml"][0]
+    tokenizer.chat_template = "{% if strftime_now is defined %}{% set day = '%d (%b)' %}{{ strftime_now(day) }}{% endif %}" \
+        + TEMPLATES["chatml"][0]
     scorer = scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
     text, _ = common.render_chat(scorer.tokenizer, "x")
-    assert "26 Jul 2024" in text
+    assert text.startswith("26 Jul 2024<s><|user|>")
 
 
 def test_no_chat_template_is_one_line(model):
