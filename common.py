@@ -635,6 +635,8 @@ def load_pretrained(args, name):
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry without a network
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    if Path(name, "adapter_config.json").exists():  # transformers would load the adapter, too
+        raise UserError(f"{name} holds an adapter: give it as --adapter, and its base model as --model")
     prompt = load_prompt(args.prompt)
     device, dtype = placement(args)
     remote = {"trust_remote_code": args.trust_remote_code}
@@ -683,8 +685,6 @@ def check_model(scorer, missing):
     missing: names of the weights that its file lacks, which transformers then invents.
     """
     name, tokenizer = scorer.name, scorer.tokenizer
-    if Path(name, "adapter_config.json").exists():  # transformers would load the adapter, too
-        raise UserError(f"{name} holds an adapter: give it as --adapter, and its base model as --model")
     missing = [key for key in missing if "pooler" not in key]  # scores use none
     if missing and scorer.type == "prompt":
         raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")

@@ -127,8 +127,8 @@ def test_any_tokenizer_and_candidates_that_are_prefixes_of_one_another(model, tm
     path = tmp_path / "prompt.json"
     path.write_text(json.dumps(wording))
     folder, wording = model("llama", tokenizer), {**common.PROMPT, **wording}
-    closed = tokenizer == "word_piece"  # its [SEP] would end every prompt, where the answer is to come
-    want = plain_scores(folder, plain_prompts(USERS, wording), ends_with_eos=closed)
+    appends = tokenizer == "word_piece"  # [SEP], where the answer has to come
+    want = plain_scores(folder, plain_prompts(USERS, wording), ends_with_eos=appends)
     scorer = scorer_of(folder, "--prompt", path)
     assert_same(score(scorer), want)
     assert want[0] == want[4] != want[1]
@@ -514,7 +514,7 @@ def test_a_template_that_leaves_the_answer_out_or_cuts_the_prompt_is_refused(tmp
         scorer_of(tiny.build("llama", tmp_path, tokenizer), "--chat-template")
 
 
-def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path, monkeypatch):
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path):
     tokenizer = tiny.byte_level()
     tokenizer.chat_template = "{% if strftime_now is defined %}{% set day = '%d (%b)' %}{{ strftime_now(day) }}{% endif %}" \
         + TEMPLATES["chatml"][0]
