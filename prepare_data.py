@@ -8,20 +8,20 @@
     python prepare_data.py mind --from-recbench recbench-md --out data                 the authors' own samples
     python prepare_data.py demo --out data                         small made-up datasets, no download
 
-Written per dataset: items.jsonl {"id", "text"}; train.jsonl, valid.jsonl and test.jsonl, one line per user {"user",
-"history" (oldest first), "candidates", "labels" (1 liked, 0 not)}; meta.json (rows read, malformed, dropped and why;
-sha256). Unusable rows are counted over whole files, unusable users and candidates among those users that were examined
-to reach the sizes.
+Written per dataset: items.jsonl {"id", "text"[, "first": seconds since 1970, the item's first event in the raw data]};
+train.jsonl, valid.jsonl and test.jsonl, one line per user {"user", "history" (oldest first), "candidates", "labels" (1
+liked, 0 not)}; meta.json (the job, rows read, malformed, dropped and why). Unusable rows are counted over whole files,
+unusable users and candidates among those users that were examined to reach the sizes.
 
-In reading order: what is to be made, and is it there already; the raw formats; reading their rows; a uniform sample of
-users with complete histories, in bounded memory; a user's history and candidates, by kind of dataset; splits and their
-files; the authors' own samples; the demo.
+In reading order: what is to be made, and is it there; what a field says; the raw formats; reading their rows; a uniform
+sample of users with complete histories, in bounded memory; a user's history and candidates, by kind of dataset; splits
+and their files; the authors' own samples; the demo.
 Every random choice is a hash of (seed, dataset, user, item): the same on every machine.
 """
+import calendar
 import csv
 import functools
 import gzip
-import hashlib
 import html
 import json
 import os
@@ -32,7 +32,7 @@ import sys
 import zlib
 from array import array
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,170 +43,132 @@ from common import UserError
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__, "prepare_data.py")
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="datasets (see --list), or demo")
     add("--list", action="store_true", help="print the datasets, their raw files and home pages")
-    add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz")
+    add("--raw", default="raw", help="folder of the raw files: RAW/<dataset>/, plain or .gz (default: %(default)s)")
     add("--from-recbench", metavar="DIR", type=Path, help="convert the authors' DIR/<dataset>/*.parquet instead")
-    add("--out", default="data", type=common.output_folder,
-        help="folder to write <dataset>/ into (--data of the other scripts)")
-    add("--test-size", type=common.whole_number, metavar="SAMPLES",
-        help="if not given: 20000 for the paper's test sets, else 0")
-    add("--train-size", type=common.whole_number, metavar="SAMPLES",
-        help="of train and valid together; if not given: 100000 for the paper's fine-tune sets, else 0")
-    add("--max-history", type=common.positive_number, default=20,
-        help="latest items of a history to keep")
-    add("--positives", type=common.positive_number,
-        help="positives per user; if given, negatives are drawn at random (if not: see --list)")
-    add("--negatives", type=common.positive_number,
-        help="negatives per user, drawn from items never touched (if not given: see --list)")
-    add("--max-rows", type=common.positive_number, default=20_000_000, help="events kept in memory")
-    add("--seed", type=common.whole_number, default=2025, help="seed of everything random")
+    add("--out", default="data", help="folder to write <dataset>/ into (default: %(default)s)")
+    add("--test-size", type=int, metavar="SAMPLES", help="default: 20000 for the paper's test sets, else 0")
+    add("--train-size", type=int, metavar="SAMPLES",
+        help="of train and valid together; default: 100000 for the paper's fine-tune sets, else 0")
+    add("--max-history", type=common.positive_int, default=20,
+        help="latest items of a history to keep (default: %(default)s)")
+    add("--positives", type=common.positive_int,
+        help="positives per user; if given, negatives are drawn at random (default: see --list)")
+    add("--negatives", type=common.positive_int,
+        help="negatives per user, drawn from items never touched (default: see --list)")
+    add("--max-rows", type=common.positive_int, default=20_000_000,
+        help="events kept in memory (default: %(default)s)")
+    add("--seed", type=int, default=2025, help="seed of everything random (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace outputs made with other arguments")
     args = parser.parse_args(argv)
-    if not args.list and not args.names:
-        raise UserError("name the datasets to prepare, or demo; --list shows them")
-    for name in args.names:
-        if name not in SOURCES and name != "demo":
-            raise UserError(f"unknown dataset {name!r}; there are {', '.join(SOURCES)}, demo")
-    sizes = {args.test_size, args.train_size, args.positives, args.negatives}
-    if sizes != {None} and (args.from_recbench or "demo" in args.names):
-        raise UserError("the demo's and --from-recbench's samples are fixed: no sizes, --positives or --negatives")
+    unknown = set(args.names) - {*SOURCES, "demo"}
+    if unknown:
+        parser.error(f"unknown dataset {', '.join(unknown)}; there are {', '.join(SOURCES)}, demo")
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
-    if args.list:
+    if args.list or not args.names:
         list_datasets()
         return
     names = []
     for name in args.names:
         names += [*common.DEMO, "demo-model"] if name == "demo" else [name]
-    # what is missing or in the way is reported before any long work: first what is known without reading
-    plans, to_do = [], []
-    for name in dict.fromkeys(names):  # each once
+    to_do = []  # what is missing or in the way is reported before any long work
+    for name in names:
         folder = Path(args.out, name)
-        found = found_job(folder)
-        plans.append((folder, found, *plan(name, args)))
-    for folder, found, job, paths in plans:
-        if paths:
-            job["raw"] = raw_hashes(paths)
-        if not args.overwrite and common.job_status(folder, job, found, finished=True) == "finished":
-            print(f"{folder} is already prepared with these arguments")
-        else:
+        job, paths = plan(name, args)
+        if not is_prepared(folder, job, args.overwrite):
             to_do.append((folder, job, paths))
     for folder, job, paths in to_do:
-        prepare(folder, job, paths)
+        prepare(folder, job, paths, args.overwrite)
 
 
 def list_datasets():
     """Print the table of the benchmark, the raw files expected in RAW/<dataset>/ and where to get them."""
     for name, row in common.DATASETS.items():
         source = SOURCES[name]
-        roles = "test" if row.test else "fine-tune"
-        if row.test and row.finetune:
-            roles = "test and fine-tune"
-        items = " or ".join(table.files for table in source.items)
-        print(f"{name:12} {row.domain:12} {roles:19} {row.kind:12} {row.positives:3} positives "
-              f"{row.negatives:4} negatives")
-        print(f"{'':12} {source.home}")
-        print(f"{'':12} items: {items}")
-        print(f"{'':12} events: {source.events.files}")
+        item_files = " or ".join(table.files for table in source.items)
+        print(f"{name}: {row}\n  {source.home}\n  items: {item_files}\n  events: {source.events.files}")
 
 
 # ---------------------------------------------------------------------------------------- what to make, and is it there
 
 
 def plan(name, args):
-    """(the job of a dataset, but for the hashes of its raw files; the paths of these, {name: path}).
+    """(the job: what the dataset is made of; the paths of its raw files, {name: path}).
 
-    The job says what the dataset is made of. Raises UserError where files are missing.
+    A raw file counts by its size and its time of modification: hashes of 50 GB would take longer than reading them.
+    Raises UserError where files are missing.
     """
     job = {"dataset": name, "seed": args.seed}
     if name not in SOURCES:  # of the demo
         return {**job, "users": DEMO_USERS}, {}
     job["max_history"] = args.max_history
     if args.from_recbench:
-        return {**job, "from_recbench": True}, find_recbench(args.from_recbench / name)
-    row = common.DATASETS[name]
-    paths = find_raw(name, args.raw)
-    job["kind"] = row.kind
-    job["positives"] = args.positives or row.positives
-    job["negatives"] = args.negatives or row.negatives
-    job["next_item"] = bool(args.positives or args.negatives)
-    job["max_rows"] = args.max_rows
-    job["test_size"], job["train_size"] = args.test_size, args.train_size
-    if args.test_size is None:
-        job["test_size"] = 20_000 if row.test else 0
-    if args.train_size is None:
-        job["train_size"] = 100_000 if row.finetune else 0
-    if not job["test_size"] and not job["train_size"]:
-        raise UserError(f"{name}: --test-size and --train-size are both 0: nothing to write")
+        paths = find_recbench(args.from_recbench / name)
+        job["from_recbench"] = True
+    else:
+        paths = find_raw(name, args.raw)
+        row = common.DATASETS[name]
+        job.update(
+            kind=row.kind,
+            positives=args.positives or row.positives,
+            negatives=args.negatives or row.negatives,
+            next_item=bool(args.positives or args.negatives),
+            max_rows=args.max_rows,
+            test_size=20_000 if row.test else 0,
+            train_size=100_000 if row.finetune else 0)
+        if args.test_size is not None:
+            job["test_size"] = args.test_size
+        if args.train_size is not None:
+            job["train_size"] = args.train_size
+    job["raw"] = {}
+    for file, path in paths.items():
+        job["raw"][file] = [path.stat().st_size, int(path.stat().st_mtime)]  # bytes, seconds
     return job, paths
 
 
-def raw_hashes(paths):
-    """{name: {"size", "sha256"}} of raw files {name: path}: no edit goes unseen."""
-    raw = {}
-    for path in tqdm(sorted(paths.values()), desc="sha256 of the raw files", unit=" files"):
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        raw[path.name] = {"size": path.stat().st_size, "sha256": sha256}
-    return raw
+def is_prepared(folder, job, overwrite):
+    """Whether a dataset is there, made by this job; a line says so. With overwrite, nothing counts as there.
 
-
-def found_job(folder):
-    """The job of a folder that would be replaced, None where there is no folder, or an empty one.
-
-    {} where the folder is not what that job has written: of another version, or a file is gone or (of a dataset)
-    edited. Raises UserError where it holds anything that this script has not written: it would be deleted.
+    Raises UserError where another job's is there, or, with overwrite too, anything that this script has not made.
     """
-    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if not names:
-        return None
-    meta = common.read_json(folder / "meta.json") if "meta.json" in names else {}
-    own = meta.get("files", []) if isinstance(meta, dict) else []
-    for name in names:
-        if name not in own:
-            raise UserError(f"{folder} would be replaced, but it holds {name}, which prepare_data.py did not write; "
-                            "choose another --out")
-    edited = "sha256" in meta and meta["sha256"] != common.data_sha256(folder.parent, folder.name)
-    if edited or len(names) < len(own) or meta.get("format") != common.FORMAT:
-        return {}
-    return common.job_in(folder / "meta.json")
+    meta = folder / "meta.json"
+    own = meta.exists() and "job" in common.read_json(meta)
+    if folder.exists() and os.listdir(folder) and not own:
+        raise UserError(f"{folder} would be replaced, and prepare_data.py has not made it: choose another --out")
+    there = common.is_there(meta, job, overwrite)
+    if there:
+        print(f"{folder} is already prepared with these arguments")
+    return there
 
 
-def prepare(folder, job, paths):
+def prepare(folder, job, paths, overwrite):
     """Do a job: its files are written into a new folder, which takes the place of `folder` at the end.
 
-    So a run that is stopped half way loses nothing. Raises UserError.
+    So a run that is stopped half way loses nothing; kill -9 leaves a hidden folder .NAME.PROCESS.new, to be deleted,
+    and a stop between the two renames leaves what was to be replaced as .NAME.PROCESS.old. Raises UserError.
     """
-    name = job["dataset"]
     target = folder.resolve()  # behind a symbolic link, on another disk perhaps
-    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+    new = target.with_name(f".{target.name}.{os.getpid()}.new")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     new.mkdir(parents=True)  # before the reading: so a folder that cannot be written is reported first
-    if name == "demo-model":
-        train_demo_model(new, job["seed"])
-        meta = {"job": job}
-    else:
-        report = {}
-        if name in common.DEMO:
-            items, splits = demo_dataset(name, job["seed"])
-        elif "from_recbench" in job:
-            items, splits = read_recbench(paths, job)
-        else:
-            items, splits, report = read_dataset(paths, job)
-        meta = {**write_dataset(new, items, splits, job), **report}
-    files = sorted(path.name for path in new.iterdir())
-    common.write_json(new / "meta.json", {"format": common.FORMAT, **meta, "files": [*files, "meta.json"]})
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        meta = {"format": common.FORMAT, "job": job, **make(new, job, paths)}
+        common.write_json(new / "meta.json", meta)
+        if is_prepared(folder, job, overwrite):  # by another process, meanwhile
+            return
+        if overwrite and target.exists():
+            os.rename(target, old)
+        os.rename(new, target)  # fails where a folder has appeared since
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------- what a field says
@@ -220,10 +182,19 @@ def clean(text):
 
 
 def text_of(value):
-    """A value of JSON or parquet as text; "" for null, NaN, lists and objects."""
+    """A value of JSON or parquet as text: "" for null and NaN; bytes are UTF-8; whole floats lose their ".0", since a
+    gap in a column of whole numbers makes them floats. Raises ValueError for lists, dates and the like."""
     if isinstance(value, str):
         return value
-    return str(value) if isinstance(value, (int, float)) and value == value else ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is neither a text nor a number")
+    return str(value)
 
 
 def described(names, values):
@@ -233,32 +204,24 @@ def described(names, values):
     return ", ".join(f"{name}: {value}" for name, value in zip(names, values) if value)
 
 
+@functools.lru_cache(1 << 16)  # a file holds few distinct stars
 def label_of(stars):
     """1 for more than three of five stars, 0 for less, NEUTRAL for three."""
     stars = float(stars)
     if not 0 <= stars <= 5:
         raise ValueError(f"{stars} stars")
-    if stars == 3:
-        return NEUTRAL
-    return int(stars > 3)
-
-
-def seconds_of(moment):
-    """Seconds since 1970 of a datetime; without a zone: UTC."""
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return int(moment.timestamp())
+    return NEUTRAL if stars == 3 else int(stars > 3)
 
 
 @functools.lru_cache(1 << 16)  # a file holds few distinct dates
 def iso_time(text):
-    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"."""
-    return seconds_of(datetime.fromisoformat(text))
+    """Seconds since 1970 of "2009-05-04", "2009-05-04 23:08:57" or "2009-05-04T23:08:57Z"; without a zone: UTC."""
+    return calendar.timegm(datetime.fromisoformat(text).utctimetuple())
 
 
 def us_time(text):
     """Seconds since 1970 of "11/15/2019 1:22:32 PM"."""
-    return seconds_of(datetime.strptime(text.strip(), "%m/%d/%Y %I:%M:%S %p"))
+    return calendar.timegm(datetime.strptime(text.strip(), "%m/%d/%Y %I:%M:%S %p").utctimetuple())
 
 
 def goodreads_time(text):
@@ -270,7 +233,7 @@ def goodreads_time(text):
 
 def time_of(text):
     """Seconds since 1970 (MicroLens: milliseconds) of a number, or of a date as iso_time takes it."""
-    if text.isdecimal() and len(text) < 19:  # it fits into 64 bits
+    if text.removeprefix("-").isdecimal() and len(text) < 19:  # it fits into 64 bits
         return int(text)
     return iso_time(text)
 
@@ -353,7 +316,10 @@ def amazon_item(fields):
     if "getTime()" in title:  # a page's script
         return item, ""
     title = MARKUP.sub(" ", title)
-    while html.unescape(title) != title:  # some are escaped twice: "AT&amp;amp;T"
+    before = None
+    while title != before:  # some are escaped twice: "AT&amp;amp;T"
+        before = title
+        title = re.sub(r"&(?!#?\w+;)", "&amp;", title)  # else html would read "WIFI&ETHERNET" as "WIFIÐERNET"
         title = html.unescape(title)
     return item, clean(title)
 
@@ -376,7 +342,7 @@ def netflix_item(line):
 
 
 def netflix_rating(line):
-    """combined_data_*.txt, see netflix_rows: movie, user, stars, date."""
+    """combined_data_*.txt, of which read_rows joins two lines: movie, user, stars, date."""
     movie, user, stars, date = line.split(",")
     return rating((user, str(int(movie)), date, stars))
 
@@ -406,8 +372,6 @@ def pog_chinese_item(line):
 
 def pog_sequence(line):
     """user_data.txt: user, "item;item;...", outfit."""
-    if '"' in line:
-        raise ValueError("a quote, and this file is no CSV")
     user, items, _ = line.split(",")
     return user, [(item, None, 1) for item in items.split(";")], None
 
@@ -427,9 +391,7 @@ def steam_sequence(line):
 def hotelrec_item(fields):
     """The item is the address "...-Reviews-NAME-PLACE.html"; the words of name and place are joined by "_"."""
     [address] = fields
-    _, _, name_and_place = address.partition("-Reviews-")
-    if "-" not in name_and_place:
-        raise ValueError("no -Reviews-NAME-PLACE in the address")
+    _, name_and_place = address.split("-Reviews-", 1)
     hotel, place = name_and_place.removesuffix(".html").replace("_", " ").rsplit("-", 1)
     return address, described(("hotel_name", "hotel_location"), (clean(hotel), clean(place)))
 
@@ -437,10 +399,12 @@ def hotelrec_item(fields):
 class Table(NamedTuple):
     """One kind of raw file."""
     files: str  # names, with a space between; all are read
-    form: str  # tsv, csv, json (an object per line), netflix (see netflix_rows) or text (the line as it stands)
+    form: str  # tsv, csv, json (an object per line), text (the line itself) or netflix (lines below "MOVIE:")
     parse: object  # one of the functions above
-    columns: str = ""  # of csv and json, with a space between; none where a csv file may lack its header
-    encoding: str = "utf-8"
+    columns: str = ""  # of json, and of csv files that need a header, with a space between
+    header: str = None  # how a header line begins, which other files may have
+    encoding: str = "utf-8-sig"
+    per_second: int = 1  # units of time in a second
 
 
 class Source(NamedTuple):
@@ -462,8 +426,8 @@ SOURCES = {
         [Table("news.tsv", "tsv", mind_item)],
         Table("behaviors.tsv", "tsv", mind_impression)),
     "pens": Source("https://msnews.github.io/pens.html",
-        [Table("news.tsv", "tsv", pens_item)],
-        Table("train.tsv valid.tsv", "tsv", pens_impression)),
+        [Table("news.tsv", "tsv", pens_item, header="News ID")],
+        Table("train.tsv valid.tsv", "tsv", pens_impression, header="UserID")),
     "goodreads": Source("https://cseweb.ucsd.edu/~jmcauley/datasets/goodreads.html",
         [Table("goodreads_book_works.json", "json", id_and_text, "best_book_id original_title")],
         Table("goodreads_interactions_dedup.json", "json", goodreads_read, "user_id book_id date_added is_read")),
@@ -473,7 +437,7 @@ SOURCES = {
         Table("ratings.csv", "csv", rating, "userId movieId timestamp rating")),
     "microlens": Source("https://github.com/westlake-repl/MicroLens",
         [Table("MicroLens-50k_titles.csv", "csv", id_and_text, "item title")],
-        Table("MicroLens-50k_pairs.csv", "csv", visit, "user item timestamp")),
+        Table("MicroLens-50k_pairs.csv", "csv", visit, "user item timestamp", per_second=1000)),
     "netflix": Source("https://www.kaggle.com/datasets/netflix-inc/netflix-prize-data",
         [Table("movie_titles.csv", "text", netflix_item, encoding="latin-1")],
         Table("combined_data_1.txt combined_data_2.txt combined_data_3.txt combined_data_4.txt", "netflix",
@@ -486,7 +450,8 @@ SOURCES = {
         [Table("articles.csv", "csv", id_and_text, "article_id detail_desc")],
         Table("transactions_train.csv", "csv", visit, "customer_id article_id t_dat")),
     "pog": Source("https://github.com/wenyuer/POG",
-        [Table("pog_translated_titles.csv", "csv", pog_item), Table("item_data.txt", "text", pog_chinese_item)],
+        [Table("pog_translated_titles.csv", "csv", pog_item, header="item_id"),
+         Table("item_data.txt", "text", pog_chinese_item)],
         Table("user_data.txt", "text", pog_sequence)),
     "electronics": amazon("Electronics"),
     "steam": Source("https://github.com/YangLiangwei/SCGRec",
@@ -502,158 +467,113 @@ SOURCES = {
 
 # -------------------------------------------------------------------------------------------------------- reading files
 
-
-def find_file(folder, file):
-    """The path of a raw file in a folder, plain or .gz, or None."""
-    for path in (folder / file, folder / f"{file}.gz"):
-        if path.is_file():
-            return path
-    return None
+csv.field_size_limit(2**24)  # characters; a longer field is an unclosed quote
 
 
 def find_raw(name, raw):
-    """{name: path} of a dataset's raw files, in raw/name or a folder below it.
-
-    Of several folders the one for training counts (MINDsmall_train, MINDsmall_dev). Raises UserError where more are
-    left, or where there is none.
-    """
+    """{name: path} of a dataset's raw files, anywhere below raw/name. Raises UserError unless each is there once."""
     source = SOURCES[name]
     root = Path(raw, name)
+    there = []
+    for folder, _, files in os.walk(root, followlinks=True):
+        there += [Path(folder, file) for file in files]
     item_table = source.items[0]  # POG has a second choice
-    if not any(root.rglob(f"{item_table.files}*")):
+    if not any(path.name.startswith(item_table.files) for path in there):
         item_table = source.items[-1]
-    files = [*item_table.files.split(), *source.events.files.split()]
-    found = []
-    for folder in (root, *sorted(root.rglob("*"))):
-        if all(find_file(folder, file) for file in files):
-            found.append(folder)
-    found = [folder for folder in found if "train" in folder.name] or found
-    if len(found) > 1:
-        raise UserError(f"{found[0]} and {found[1]} both hold the files: leave one of them in {root}")
-    if not found:
-        item_files = " or ".join(table.files for table in source.items)
-        there = ", ".join(sorted(path.name for path in root.glob("*"))[:9])
-        raise UserError(f"{root}, or one folder below it, has to hold {item_files}, {source.events.files}, "
-                        f"unpacked or as .gz; get them from {source.home}; there are {there or 'no files'}")
-    return {file: find_file(found[0], file) for file in files}
+    paths = {}
+    for file in f"{item_table.files} {source.events.files}".split():
+        found = [path for path in there if path.name in (file, f"{file}.gz")]
+        if len(found) != 1:
+            listed = ", ".join(map(str, found or there[:9]))
+            raise UserError(f"{root} has to hold {file}, unpacked or as .gz, once; get it from {source.home}; "
+                            f"there are: {listed}")
+        paths[file] = found[0]
+    return paths
 
 
-def raw_lines(path, encoding):
-    """Yield the lines of a raw file, plain or .gz; bytes that its encoding does not hold become half surrogates.
+def raw_rows(path, table):
+    """Yield (number of the line on which it begins, row) of a raw file: csv's fields, or else the line as it stands.
 
-    Raises UserError where the file is damaged or is UTF-16.
+    Bytes that the encoding does not hold become half surrogates. Raises UserError where the file is cut short or
+    damaged, or csv's quotes are wrong.
     """
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding=encoding, errors="surrogateescape", newline="\n") as file:
-            for line in tqdm(file, desc=str(path), unit=" lines", mininterval=0.5):
-                if "\0" in line:
-                    raise UserError(f"{path} holds NUL bytes: it has to be UTF-8, not UTF-16")
-                yield line.removeprefix("\ufeff")  # a byte order mark, of the file or where two were joined
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}); get it again") from None
-
-
-def netflix_rows(lines):
-    """Lines "user,stars,date" after a line "MOVIE:" -> "MOVIE,user,stars,date"; "" for what is no row."""
-    movie = ""
-    for line in lines:
-        line = line.strip()
-        if line.endswith(":"):
-            movie, line = line[:-1], ""
-        yield f"{movie},{line}" if line else ""
-
-
-def csv_rows(path, lines):
-    """Yield (number of the line on which it begins, fields) of every row of CSV. Raises UserError on wrong quotes."""
-    rows = csv.reader(lines, strict=True)
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"  # gzip, whatever its name
+    opened = gzip.open if packed else open
     number = 1
     try:
-        for fields in rows:
-            if rows.line_num > number:  # a text that spans lines
-                for more in ",".join(fields).split("\n")[1:]:
-                    if re.match(r"\d+,", more) and more.count(",") + 1 >= len(fields):  # a row: the quote swallowed it
-                        raise UserError(f"{path}, line {number}: a quote opened there closes on line {rows.line_num}")
-            yield number, fields
-            number = rows.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: {error}; is a quote not closed?") from None
-
-
-def is_header(path, table, row):
-    """Whether the first row of a file is its header: of CSV with named columns always, else if it holds no digit.
-
-    Raises UserError where a column is missing.
-    """
-    if table.form == "json":
-        return False
-    if not table.columns:
-        return not re.search(r"\d", "".join(row))
-    for name in table.columns.split():
-        if name not in row:
-            raise UserError(f"{path} has no column {name!r}; its first line is {','.join(row)[:80]!r}")
-    return True
-
-
-def fields_of(table, names, row, first):
-    """What table.parse takes of a row. names: table.columns, split; first: the first row of the file.
-
-    Raises ValueError on a malformed row.
-    """
-    if table.form == "json":
-        values = json.loads(row)
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return [text_of(values.get(name)) for name in names]
-    if table.form == "csv":
-        if len(row) != len(first):
-            raise ValueError(f"{len(row)} fields, not {len(first)}")
-        return [row[first.index(name)] for name in names] if names else row
-    line = row.rstrip("\r\n")
-    return line.split("\t") if table.form == "tsv" else line
+        with opened(path, "rt", encoding=table.encoding, errors="surrogateescape", newline="\n") as file:
+            lines = tqdm(file, desc=str(path), unit=" lines", mininterval=0.5)
+            if table.form == "csv":
+                rows = csv.reader(lines, strict=True)
+                for fields in rows:
+                    yield number, fields
+                    number = rows.line_num + 1
+            else:
+                for number, line in enumerate(lines, 1):
+                    yield number, line
+    except (csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}, from line {number}: {error}; is the file whole, and every quote closed?") from None
 
 
 def read_rows(path, table, counts):
-    """Yield table.parse of every row of a raw file; blank lines are no rows.
+    """Yield table.parse of every row of a raw file; blank lines and headers are no rows.
 
     counts[file name] becomes {"rows", "malformed", "first_malformed": its line, beginning and reason}. Raises UserError
-    where over 1% of the rows are malformed, where there are none, and where quotes or columns are wrong.
+    where over 1% of the rows are malformed (as all are where a column is missing), or where there are none.
     """
-    lines = raw_lines(path, table.encoding)
-    if table.form == "netflix":
-        lines = netflix_rows(lines)
-    rows = csv_rows(path, lines) if table.form == "csv" else enumerate(lines, 1)
-    names = table.columns.split()
-    first, header = None, None
-    count, malformed, first_malformed = 0, 0, None
-    for number, row in rows:
-        text = row if isinstance(row, str) else ",".join(row)
+    columns = table.columns.split()
+    header = table.header
+    width, indices = None, None  # of csv: how many fields the first row has, and where the columns are
+    movie = ""  # of netflix
+    parsed, malformed, first_malformed = 0, 0, None
+    long_rows = []  # the lines on which they begin
+    for number, row in raw_rows(path, table):
+        text = ",".join(row) if table.form == "csv" else row
         text = text.rstrip()
-        if not text:
+        if not text or header and text.startswith(header):  # again, perhaps, where two files were joined
             continue
-        if first is None:
-            first = row
-            if is_header(path, table, row):
-                header = text
-                continue
-        count += 1
+        if "\n" in text:
+            long_rows.append(number)
         try:
-            if text == header:
-                raise ValueError("a second header row")
+            if "\0" in text:
+                raise ValueError("NUL bytes: is it UTF-16?")
             if not text.isascii():
-                text.encode("utf-8", "surrogateescape").decode("utf-8")  # raises ValueError where it was not UTF-8
-            parsed = table.parse(fields_of(table, names, row, first))
-        except (ValueError, RecursionError) as error:
+                text.encode("utf-8")  # raises ValueError where it was not UTF-8
+            if table.form == "csv":
+                width = width or len(row)
+                if len(row) != width:
+                    raise ValueError(f"{len(row)} fields, not {width}")
+                if columns and indices is None:
+                    indices = [row.index(name) for name in columns]
+                    header = text
+                    continue
+                if columns:
+                    row = [row[index] for index in indices]
+            elif table.form == "json":
+                values = json.loads(row)
+                row = [text_of(values.get(name)) for name in columns]
+            elif table.form == "tsv":
+                row = row.split("\t")
+            elif table.form == "netflix":
+                if text.endswith(":"):
+                    movie = text[:-1]
+                    continue
+                row = f"{movie},{text}"
+            result = table.parse(row)
+        except (ValueError, AttributeError, OverflowError, RecursionError) as error:  # Attribute: not a JSON object
             malformed += 1
             first_malformed = first_malformed or f"line {number}: {text[:80]!r} ({str(error)[:200]})"
-            continue
-        yield parsed
-    counts[path.name] = {"rows": count, "malformed": malformed, "first_malformed": first_malformed}
-    if not count:
-        raise UserError(f"{path} is empty: it holds no rows")
-    message = f"{path}: {malformed} of {count} rows are malformed; the first, on {first_malformed}"
-    if malformed > count / 100:
-        raise UserError(f"{message}. Is it the file that --list names?")
+        else:
+            parsed += 1
+            yield result
+    if long_rows:  # an unclosed quote may look like one
+        common.say(f"{path}: {len(long_rows)} rows hold a text of several lines; the first is on line {long_rows[0]}")
+    rows = parsed + malformed
+    counts[path.name] = {"rows": rows, "malformed": malformed, "first_malformed": first_malformed}
+    message = f"{path}: {malformed} of {rows} rows are malformed; the first: {first_malformed}"
+    if malformed > rows / 100 or not rows:
+        raise UserError(f"{message}. Is it the file that --list names, and whole?")
     if malformed:
         common.say(message)
 
@@ -667,36 +587,50 @@ def read_table(paths, table, counts):
 def read_texts(rows, dropped):
     """{item id: text} of the rows (item, text) that have both, by id. Of several texts the alphabetically first."""
     items = {}
+    total = 0
     for item, text in rows:
+        total += 1
+        item = item.strip()
         if not item:
             dropped["items without id"] += 1
         elif not text:
             dropped["items without text"] += 1
         else:
             items[item] = min(text, items.get(item, text))
+    say_if_most_are_dropped("items", total, dropped)
     return dict(sorted(items.items()))  # sorted, since negatives are drawn by number
+
+
+def say_if_most_are_dropped(what, total, dropped):
+    """Say so where over half of all items, or events, are unusable."""
+    if dropped.total() > total / 2:  # another file's ids, perhaps
+        common.say(f"WARNING: of {total} {what} over half are dropped: {json.dumps(dropped)}")
 
 
 # ------------------------------------------------------------------------------------------------- a sample of users
 
+NEVER = 2**63 - 1  # later than any time
 
-def sample_users(rows, numbers, job, dropped):
+
+def sample_users(rows, numbers, first, job, dropped):
     """All events of a uniform sample of users, in bounded memory, whatever the order of the rows.
 
     The users are those whose hash is below a threshold. Whenever more than max_rows events are kept, it is halved and
     the users above it are forgotten.
 
-    rows: (user, [(item, time, label)], past); numbers: {item: its number}; job: dataset, seed, max_rows; dropped counts
-    what is unusable. Returns events and pasts, as below, the share of all users that is below the threshold, and an
-    item not in numbers, or None.
+    rows: (user, [(item, time, label)], past); numbers: {item: its number}; job: dataset, seed, max_rows. Filled in are
+    first, an array of the time of every item's first event, and dropped, which counts what is unusable. Returns events
+    and pasts, as below, and the share of all users that is below the threshold.
     """
     key = job["seed"], job["dataset"]
     events = {}  # user -> flat array: number of the item, time, label; number, time, label; ...
     pasts = {}  # user -> (time, ids in one string): the earliest history of an impression
     threshold = 2**64  # every hash is below it
     size = 0  # events that are kept
-    unknown = None
+    total = 0
     for user, new, past in rows:
+        user = user.strip()
+        total += len(new)
         if not user:
             dropped["events without user"] += len(new)
             continue
@@ -704,13 +638,16 @@ def sample_users(rows, numbers, job, dropped):
             events[user] = array("q")
         kept = events.get(user)  # None: the user is not in the sample
         for item, time, label in new:
-            if item not in numbers:
+            number = numbers.get(item.strip())
+            if number is None:
                 dropped["events whose item has no text"] += 1
-                unknown = item
-            elif kept is not None:
-                if time is None:  # its place in the file stands for it
+                continue
+            if time is not None and time < first[number]:
+                first[number] = time
+            if kept is not None:
+                if time is None:  # the number of earlier events stands for it
                     time = len(kept)
-                kept.extend((numbers[item], time, label))
+                kept.extend((number, time, label))
                 size += 1
         if past and kept is not None:
             pasts[user] = min(past, pasts.get(user, past))
@@ -720,7 +657,8 @@ def sample_users(rows, numbers, job, dropped):
                 if common.digest(*key, other) >= threshold:
                     size -= len(events.pop(other)) // 3
                     pasts.pop(other, None)
-    return events, pasts, threshold / 2**64, unknown
+    say_if_most_are_dropped("events", total, dropped)
+    return events, pasts, threshold / 2**64
 
 
 # ---------------------------------------------------------------------------------------- a user's candidates, by kind
@@ -738,9 +676,9 @@ def latest_events(values, item_ids, dropped):
     values: a flat array as in sample_users.
     """
     latest = {}
-    for number, time, label in zip(values[::3], values[1::3], values[2::3]):
+    for number, *event in zip(values[::3], values[1::3], values[2::3]):
         item = item_ids[number]
-        latest[item] = max((time, label), latest.get(item, (time, label)))
+        latest[item] = max(event, latest.get(item, event))
     dropped["repeated events"] += len(values) // 3 - len(latest)
     return latest
 
@@ -772,7 +710,7 @@ def user_line(user, latest, past, item_ids, job, dropped):
             dropped["candidates that stand in the history"] += 1
         elif label == NEUTRAL:
             dropped["neutral ratings"] += 1
-        elif label == 1:
+        elif label:
             positives.append(item)
         else:
             negatives.append(item)
@@ -798,37 +736,37 @@ def user_line(user, latest, past, item_ids, job, dropped):
 
 
 def read_dataset(paths, job):
-    """Items {item id: text}, splits {"train", "valid", "test": users' lines}, and what meta.json says of them.
-
-    paths: {name: path} of the raw files. Raises UserError where there is no sample.
-    """
-    name = job["dataset"]
-    source = SOURCES[name]
-    item_table = source.items[0] if source.items[0].files in paths else source.items[-1]
+    """What is made of the raw files {name: path}: items {item id: text}, first {item id: seconds, of its first event},
+    splits {"train", "valid", "test": users' lines}, and what meta.json says of them."""
+    source = SOURCES[job["dataset"]]
+    [item_table] = [table for table in source.items if table.files in paths]
     counts = {"items": {}, "events": {}}
-    dropped = Counter()
-    items = read_texts(read_table(paths, item_table, counts["items"]), dropped)
+    dropped_items, dropped = Counter(), Counter()
+    items = read_texts(read_table(paths, item_table, counts["items"]), dropped_items)
     numbers = {item: number for number, item in enumerate(items)}
+    times = array("q", [NEVER]) * len(items)
     rows = read_table(paths, source.events, counts["events"])
-    events, pasts, share, unknown = sample_users(rows, numbers, job, dropped)
-    chosen, missing = choose_users(events, pasts, items, job, dropped)
-    finetune = chosen["train"]  # train and valid together
-    more = f" among {share:.2%} of the users: raise --max-rows" if share < 1 else ""
-    if not chosen["test"] and not finetune:
-        examples = f"; an item of the events is {unknown!r}, of the items {list(items)[:1]}" if unknown else ""
-        raise UserError(f"{name}: no samples{more}; dropped: {json.dumps(dropped)}{examples}")
+    events, pasts, share = sample_users(rows, numbers, times, job, dropped)
+    first = {}
+    for item, time in zip(items, times):
+        if time != NEVER and job["kind"] != "impressions":  # these have no time of their own
+            first[item] = time // source.events.per_second
+    chosen, samples = choose_users(events, pasts, items, job, dropped)
     short = {}
-    for split, lacking in missing.items():
+    for split, found in samples.items():
         size = job[f"{split}_size"]
-        if lacking > 0:
-            short[f"{split}_size"] = size - lacking
-            common.say(f"WARNING: {name}: --{split}-size asks for {size} samples, {size - lacking} were found{more}")
-    valid = tenth_of(finetune)
-    splits = {"train": finetune[valid:], "valid": finetune[:valid], "test": chosen["test"]}
-    return items, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
+        if found < size:
+            short[f"{split}_size"] = found
+            common.say(f"WARNING: {job['dataset']}: --{split}-size asks for {size} samples, {found} were found among "
+                       f"{share:.2%} of the users (--max-rows)")
+    finetune = chosen["train"]  # train and valid together
+    tenth = validation_size(finetune)
+    splits = {"train": finetune[tenth:], "valid": finetune[:tenth], "test": chosen["test"]}
+    dropped += dropped_items
+    return items, first, splits, {"rows": counts, "dropped": dropped, "share_of_users": share, "short": short}
 
 
-def tenth_of(users):
+def validation_size(users):
     """How many of the users for fine-tuning are for validation: a tenth, one at least, but none of a single user."""
     return max(1, len(users) // 10) if len(users) > 1 else 0
 
@@ -837,15 +775,15 @@ def choose_users(events, pasts, items, job, dropped):
     """Users in the order of their hashes, until the samples are enough: first for test, then for train (and valid).
 
     events, pasts: of sample_users; job: test_size, train_size and what user_line takes. Returns {"test", "train":
-    lines} and {"test", "train": samples that are missing}, below 0 where the last user brought more.
+    lines} and {"test", "train": number of samples}.
     """
     item_ids = list(items)
     chosen = {"test": [], "train": []}
-    missing = {"test": job["test_size"], "train": job["train_size"]}
+    samples = {"test": 0, "train": 0}
     # the hash of sample_users, so that the same users come first whatever --max-rows
     for user in by_hash(events, (job["seed"], job["dataset"])):
-        split = "test" if missing["test"] > 0 else "train"
-        if missing[split] <= 0:
+        split = "test" if samples["test"] < job["test_size"] else "train"
+        if samples[split] >= job[f"{split}_size"]:
             break
         latest = latest_events(events[user], item_ids, dropped)
         _, ids = pasts.get(user, (0, ""))
@@ -854,30 +792,36 @@ def choose_users(events, pasts, items, job, dropped):
         line = user_line(user, latest, past, item_ids, job, dropped)
         if line:
             chosen[split].append(line)
-            missing[split] -= len(line["labels"])
-    return chosen, missing
+            samples[split] += len(line["labels"])
+    return chosen, samples
 
 
-def write_lines(path, rows):
-    """Write a .jsonl file; half surrogate pairs in ids become JSON escapes again."""
-    with open(path, "wb") as file:
-        for row in rows:
-            line = json.dumps(row, ensure_ascii=False) + "\n"
-            file.write(line.encode("utf-8", "backslashreplace"))
-
-
-def write_dataset(folder, items, splits, job):
-    """Write items.jsonl and the splits that are not empty; returns what meta.json says of them.
-
-    items: {item id: text}, of which those are written that the splits use.
-    """
-    used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
-    write_lines(folder / "items.jsonl", [{"id": item, "text": items[item]} for item in used])
+def make(folder, job, paths):
+    """Write the files of a job into a folder; returns what meta.json says of them. Raises UserError."""
     name = job["dataset"]
-    counts = {}
+    if name == "demo-model":
+        train_demo_model(folder, job["seed"])
+        return {}
+    first, report = {}, {}
+    if name in common.DEMO:
+        items, splits = demo_dataset(name, job["seed"])
+    elif "from_recbench" in job:
+        items, splits, report = read_recbench(paths, job)
+    else:
+        items, first, splits, report = read_dataset(paths, job)
+    all_users = splits["train"] + splits["valid"] + splits["test"]
+    if not all_users:
+        raise UserError(f"{name}: there are no samples; {json.dumps(report)}")
+    item_rows = []
+    for item in common.items_of(all_users):  # not those that no user has
+        row = {"id": item, "text": items[item]}
+        if item in first:
+            row["first"] = first[item]
+        item_rows.append(row)
+    counts, files = {}, {"items": item_rows}
     for split, users in splits.items():
         if users:
-            write_lines(folder / f"{split}.jsonl", users)
+            files[split] = users
             labels = []
             for user in users:
                 labels += user["labels"]
@@ -886,9 +830,11 @@ def write_dataset(folder, items, splits, job):
                 "items": len(common.items_of(users)),
                 "samples": len(labels),
                 "positives": sum(labels)}
-            print(f"{name}/{split}.jsonl: " + ", ".join(f"{value} {what}" for what, value in counts[split].items()))
-    return {"domain": common.DOMAINS[name], "job": job, "items": len(used), "splits": counts,
-            "sha256": common.data_sha256(folder.parent, folder.name)}
+    for file, rows in files.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        common.write_atomically(folder / f"{file}.jsonl", "".join(lines))
+    print(f"{name}: {json.dumps(counts)}")
+    return {"domain": common.DOMAINS[name], "items": len(item_rows), "splits": counts, **report}
 
 
 # --------------------------------------------------------------------------------------------- the authors' own samples
@@ -914,96 +860,76 @@ RECBENCH = {  # columns of the authors' parquet files: user, item, history, labe
 
 def find_recbench(folder):
     """{name: path} of the authors' files of a dataset. Raises UserError."""
-    names = ["items.parquet", "users.parquet", "test.parquet", "finetune.parquet", "valid_user_set_0.1.txt"]
-    paths = {name: folder / name for name in names if (folder / name).is_file()}
-    has_samples = "test.parquet" in paths or "finetune.parquet" in paths
-    if "items.parquet" not in paths or "users.parquet" not in paths or not has_samples:
-        raise UserError(f"{folder} lacks items.parquet or users.parquet, or has neither test.parquet nor "
-                        "finetune.parquet; get them from https://www.kaggle.com/datasets/qijiong/recbench-md")
+    names = "items.parquet users.parquet test.parquet finetune.parquet valid_user_set_0.1.txt".split()
+    paths = {name: folder / name for name in names if os.path.isfile(folder / name)}
+    if not {"items.parquet", "users.parquet"} <= paths.keys():
+        raise UserError(f"{folder} has to hold items.parquet, users.parquet, and test.parquet or finetune.parquet; get "
+                        "them from https://www.kaggle.com/datasets/qijiong/recbench-md")
     return paths
 
 
 def read_recbench(paths, job):
-    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample: items and splits.
+    """The benchmark's official samples (Kaggle: qijiong/recbench-md), sample for sample: items, splits, counts.
 
-    paths: {name: path} of their files. Kept as they are: texts, duplicates, users of one class, positives that stand in
+    paths: {name: path} of their files. Kept as they are: texts, repeats, users of one class, positives that stand in
     the history. Of several rows of one user or item the last counts, as in the authors' code. Raises UserError.
     """
-    user_column, item_column, history_column, label_column, *text_columns = RECBENCH[job["dataset"]].split()
-    items = {}
-    for item, *values in parquet_rows(paths["items.parquet"], item_column, *text_columns):
-        items[str(item)] = described(text_columns, [text_of(value) for value in values])
-    histories = {}
-    for user, history in parquet_rows(paths["users.parquet"], user_column, history_column):
-        if history is not None and not isinstance(history, list):
-            raise UserError(f"{paths['users.parquet']}: the history of user {user} is no list of items")
-        item_ids = [str(item) for item in history or []]
-        histories[str(user)] = item_ids[-job["max_history"]:]
-    columns = user_column, item_column, label_column
-    test = read_samples(paths.get("test.parquet"), histories, columns)
-    finetune = read_samples(paths.get("finetune.parquet"), histories, columns)
-    if not test and not finetune:
-        raise UserError(f"{paths['items.parquet'].parent}: test.parquet and finetune.parquet hold no samples")
-    both = test.keys() & finetune.keys()
-    if both:
-        common.say(f"WARNING: {len(both)} of the {len(test)} test users are in finetune.parquet, too")
-    valid = valid_users(paths.get("valid_user_set_0.1.txt"), finetune, job)
-    splits = {"train": [], "valid": [], "test": list(test.values())}
-    for user, line in finetune.items():
+    name = job["dataset"]
+    user_column, item_column, history_column, label_column, *text_columns = RECBENCH[name].split()
+    items, histories = {}, {}
+    for item, *texts in parquet_rows(paths["items.parquet"], [item_column, *text_columns]):
+        items[item] = described(text_columns, texts)
+    for user, history in parquet_rows(paths["users.parquet"], [user_column], [history_column]):
+        histories[user] = history[-job["max_history"]:]
+    counts = {"items without text": 0, "repeated candidates": 0}
+    lines = {"test": {}, "finetune": {}}  # of each file {user: line}, users in the order of their first sample
+    for file in lines:
+        path = paths.get(f"{file}.parquet")
+        if path is None:
+            continue
+        for user, item, label in parquet_rows(path, [user_column, item_column, label_column]):
+            complete = user in histories and items.keys() >= {item, *histories[user]}
+            if label not in ("0", "1") or not complete:
+                raise UserError(f"{path}: user {user}, item {item}, label {label}: the label has to be 0 or 1, "
+                                "users.parquet has to hold the user, items.parquet the item and the user's history")
+            new = {"user": user, "history": histories[user], "candidates": [], "labels": []}
+            line = lines[file].setdefault(user, new)
+            counts["repeated candidates"] += item in line["candidates"]
+            line["candidates"].append(item)
+            line["labels"].append(int(label))
+    finetune = by_hash(lines["finetune"], (job["seed"], name))
+    valid = finetune[:validation_size(finetune)]
+    if "valid_user_set_0.1.txt" in paths:
+        valid = paths["valid_user_set_0.1.txt"].read_text(encoding="utf-8-sig").split("\n")
+    valid = {user.strip() for user in valid}
+    splits = {"train": [], "valid": [], "test": list(lines["test"].values())}
+    for user, line in lines["finetune"].items():
         splits["valid" if user in valid else "train"].append(line)
-    used = common.items_of(splits["train"] + splits["valid"] + splits["test"])
-    unknown = [item for item in used if item not in items]
-    if unknown:
-        raise UserError(f"{paths['items.parquet']} lacks {len(unknown)} of {len(used)} items, such as {unknown[0]}")
-    return items, splits
+    counts["items without text"] = sum(not text.strip() for text in items.values())
+    common.say(f"{name}: kept as they are: {json.dumps(counts)}")
+    return items, splits, counts
 
 
-def read_samples(path, histories, columns):
-    """{user: line}, users in the order of their first sample; {} without a file.
+def parquet_rows(path, columns, list_columns=()):
+    """Yield the rows of a parquet file: the columns' values as text, then those of list_columns as lists of texts.
 
-    columns: of user, item and label. Raises UserError where a label is neither 0 nor 1, or a user has no history.
+    Raises UserError.
     """
-    lines = {}
-    if path is None:
-        return lines
-    for user, item, label in parquet_rows(path, *columns):
-        user = str(user)
-        if label not in (0, 1):
-            raise UserError(f"{path}: the label of user {user} is {label!r}, neither 0 nor 1")
-        if user not in histories:
-            raise UserError(f"users.parquet lacks user {user}, who has samples in {path}")
-        new = {"user": user, "history": histories[user], "candidates": [], "labels": []}
-        line = lines.setdefault(user, new)
-        line["candidates"].append(str(item))
-        line["labels"].append(int(label))
-    return lines
-
-
-def valid_users(path, finetune, job):
-    """The users of the validation set: those that the authors' file names, or without it a tenth by hash."""
-    if path is None:
-        users = by_hash(finetune, (job["seed"], job["dataset"]))
-        return set(users[:tenth_of(users)])
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    named = {line.strip() for line in lines}
-    if finetune and not finetune.keys() & named:
-        raise UserError(f"{path} names no user of finetune.parquet")
-    return named
-
-
-def parquet_rows(path, *columns):
-    """Yield the rows of a parquet file as tuples, in file order. Raises UserError."""
+    columns_read = [*columns, *list_columns]
     try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError("--from-recbench reads parquet files: pip install pyarrow") from None
-    try:
+        from pyarrow import parquet
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=list(columns)):
-                values = [batch.column(column).to_pylist() for column in columns]
+            for batch in file.iter_batches(columns=columns_read):
+                values = []
+                for column in columns:
+                    values.append([text_of(value) for value in batch.column(column).to_pylist()])
+                for column in list_columns:
+                    lists = batch.column(column).to_pylist()
+                    values.append([[text_of(value) for value in row or []] for row in lists])
                 yield from zip(*values)
-    except (ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns)}") from None
+    except Exception as error:  # pyarrow has many kinds
+        raise UserError(f"{path} cannot be read ({error}); it needs the columns {', '.join(columns_read)}, and reading "
+                        "it needs: pip install pyarrow") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the demo
@@ -1065,8 +991,11 @@ def demo_user(user, name, seed, themes, items):
     """The line of a user of the demo."""
     rng = random.Random(common.digest(seed, name, user))
     liked_themes = rng.sample(themes, 2)
-    liked = [item for item in items if item.split("-")[0] in liked_themes]
-    other = [item for item in items if item.split("-")[0] not in liked_themes]
+    liked, other = [], []
+    for item in items:
+        theme, _ = item.split("-")
+        group = liked if theme in liked_themes else other
+        group.append(item)
     rng.shuffle(liked)
     rng.shuffle(other)
     history = []
@@ -1088,7 +1017,7 @@ def theme_title(rng, pattern, theme):
 def demo_documents(seed):
     """4,000 texts of 6 to 14 sentences, each about one to three themes."""
     rng = random.Random(common.digest(seed, "documents"))
-    patterns = [pattern for patterns in TITLES.values() for pattern in patterns]
+    patterns = sum(TITLES.values(), [])
     documents = []
     for _ in range(4000):
         themes = rng.sample(list(THEMES), rng.randint(1, 3))
@@ -1104,8 +1033,8 @@ def demo_tokenizer(folder, documents):
     """A tokenizer whose tokens are lower-case words and marks: those of the documents and of the prompt."""
     import transformers
     prompt = [str(value) for value in common.PROMPT.values()]
-    numerals = [str(number) for number in range(1, 21)]
-    text = " ".join(documents) + " ".join(prompt + numerals).lower()
+    numerals = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"
+    text = " ".join(documents) + " ".join([*prompt, numerals]).lower()
     words = ["<pad>", "<s>", "<unk>", *sorted(set(re.findall(r"\w+|[^\w\s]+", text)))]
     vocabulary = {word: number for number, word in enumerate(words)}
     common.write_json(folder / "tokenizer.json", {
@@ -1140,7 +1069,6 @@ def train_demo_model(folder, seed, steps=500, batch=32, length=64):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
