@@ -12,18 +12,17 @@ A worked sample. A user's history holds two items, and one candidate is asked ab
 
 and gives a logit to every token that might come next, say 2.1 to " Yes" and 1.4 to " No". The candidate's score is the
 difference, 0.7. Another candidate of this user, about football, gets -0.2. The user liked the first (label 1) and not
-the second (label 0): the positive stands above the negative, so this user's AUC is 1.
+the second (label 0): the positive ranks above the negative, so this user's AUC is 1.
 
 That is prompt-based scoring. Embedding-based scoring needs no answer: the history is one text, the candidate another,
 and the score is the cosine of their embeddings.
 
-In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, loading models, how texts may share
-a forward pass, metrics, intervals, files and flags. The method is in all but the loading, the forward passes and the
-files. Section numbers are the paper's.
+In reading order: datasets and settings, prompts, prompt scoring, embedding scoring, metrics, intervals and RRA@K. That
+is the method. What follows is plumbing: loading models, files and flags. Section numbers are the paper's.
 """
 import argparse
+import bisect
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -106,8 +105,8 @@ def setting_of(train, target, domains=DOMAINS):
 
 # -------------------------------------------------------------------------------------------------------- prompts
 
-# The wording; --prompt FILE.json replaces any of these. What all candidates of a user share comes first, since packing
-# computes it once.
+# The wording; --prompt FILE.json replaces any of these. What all candidates of a user share comes first, so that it
+# can be computed once.
 PROMPT = {
     "item": "{n}. {text}",  # one item of the history
     "join": "\n",  # between two of them
@@ -125,27 +124,19 @@ TEXT_LIMIT = 512  # characters of an item text that are used
 
 def load_prompt(path=None):
     """PROMPT with the entries of the JSON file at `path` in place of its own. Raises UserError on a wrong entry."""
-    if path is None:
-        return PROMPT
-    changes = read_json(path)
-    if not isinstance(changes, dict):
-        raise UserError(f"{path} is not a JSON object")
+    changes = read_json(path) if path else {}
     for key, value in changes.items():
-        if key not in PROMPT:
-            raise UserError(f"{path}: unknown key {key!r}; the keys are {', '.join(PROMPT)}")
-        if type(value) is not type(PROMPT[key]):
-            raise UserError(f"{path}: {key} must be of the type of {json.dumps(PROMPT[key])}")
+        if type(value) is not type(PROMPT.get(key)):
+            raise UserError(f"{path}: {key!r} is no entry, or not of the type, of {json.dumps(PROMPT)}")
     prompt = {**PROMPT, **changes}
     for key, slot in SLOTS:
         if slot not in prompt[key]:
-            raise UserError(f"{path}: {key} lacks {slot}")
-    if [type(word) for word in prompt["answers"]] != [str, str]:
-        raise UserError(f"{path}: answers must be two words, such as {json.dumps(PROMPT['answers'])}")
+            raise UserError(f"{path}: {key!r} lacks {slot}")
     return prompt
 
 
 def with_texts(user, items):
-    """A user of read_users with item texts, cut to TEXT_LIMIT characters, in place of item ids: what is scored.
+    """A user of read_dataset with item texts, cut to TEXT_LIMIT characters, in place of item ids: what is scored.
 
     {"user": name, "history": [texts, oldest first], "candidates": [texts], "labels": [0 or 1]}
     """
@@ -173,123 +164,107 @@ def candidate_prompts(prompt, history, candidates):
     return [fill(prompt["prompt"], history=shared, candidate=text) for text in candidates]
 
 
-def render_chat(tokenizer, text):
-    """The text as a user's message in the tokenizer's chat template, up to where the assistant's answer starts.
+def render_chat(tokenizer, text, user):
+    """The text as a message in the tokenizer's chat template, up to the assistant's answer: (text, " " or "").
 
-    Returns (text before the answer, the space with which the answer begins: " " or ""). The template decides what
-    stands before the answer: a line break (GLM-4) belongs to the text, a space (Mistral, Llama-2) to the answer, since
-    tokenizers join a space to the word after it. So an answer is rendered, too, and cut off again.
+    The second value is the space with which the answer begins: tokenizers join it to the word after it. What stands
+    before an answer is taken from a rendered answer, since some templates' generation prompt lacks the line break after
+    its tag (GLM-4). Where a rendered answer lacks what the generation prompt opens, such as an empty thought, the
+    generation prompt counts. Raises UserError, naming the user, where the template changes the text.
     """
     answer = "an-answer-to-cut-off"  # no template writes this
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-        before, _, _ = rendered.rpartition(answer)
-    except Exception as error:  # there is no template, or it is broken
-        raise UserError(f"--chat-template: {str(error)[:300]}") from None
+    generation_prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    before, _, _ = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)
+    if not before.startswith(generation_prompt.rstrip(" ")):
+        before = generation_prompt
     if text.strip() not in before:
-        raise UserError("--chat-template: the template changes the prompt or leaves the assistant's answer out")
+        raise UserError(f"--chat-template: the template changes the prompt of user {user}")
     return before.rstrip(" "), " " if before.endswith(" ") else ""
 
 
-def answer_token(tokenizer, context, word, chat=False):
-    """The id of the token that stands for an answer word after the text `context`.
+def answer_tokens(tokenizer, prompt, family, chat_template=False):
+    """[yes, no]: the token ids of the prompt's two answers.
 
-    (a) tokens(context + word) = tokens(context) + one id: that id. (b) Where the word changes the tokens of the
-    context: its own entry in the vocabulary.
-    chat: the template has decided what stands before the word, so it is the first token that goes beyond the context.
-    Raises UserError where there is no such token.
+    An answer's token is the last one of tokens(prompt + word), and those before it must be tokens(prompt). At a mask or
+    in a decoder of its own nothing precedes it. Raises UserError where a word is not one token, or both are the same.
     """
+    context, words = "", prompt["answers"]
+    if family == "causal":
+        context = candidate_prompts(prompt, ["x"], ["x"])[0]
+    if chat_template:
+        context, space = render_chat(tokenizer, context, "x")
+        words = [space + word.strip() for word in words]
+        say(f"--chat-template: the answer follows {context[-40:]!r}")
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
-    after = tokenizer(context + word, add_special_tokens=False)["input_ids"]
-    token = None
-    if after[:len(before)] == before:
-        added = after[len(before):]
-        if len(added) == 1 or (chat and added):
-            token = added[0]
-    elif not chat:
-        vocabulary = tokenizer.get_vocab()
-        token = vocabulary.get(word, vocabulary.get(word.strip()))
-    if token is None or token == tokenizer.unk_token_id:
-        shown = tokenizer.convert_ids_to_tokens(after)[-5:]
-        raise UserError(f"the answer {word!r} is not a single token here: the prompt with it ends in {shown}; "
-                        'choose other "answers" with --prompt')
-    return token
-
-
-def answer_tokens(tokenizer, prompt, chat_template=False):
-    """[yes, no]: the token ids of the prompt's two answers. Raises UserError where they are the same token."""
-    context = candidate_prompts(prompt, ["x"], ["x"])[0]
     tokens = []
-    for word in prompt["answers"]:
-        before = context
-        if chat_template:
-            before, space = render_chat(tokenizer, context)
-            word = space + word.strip()
-        tokens.append(answer_token(tokenizer, before, word, chat_template))
-    if tokens[0] == tokens[1]:
-        shown = tokenizer.convert_ids_to_tokens(tokens)[0]
-        raise UserError(f"both answers {prompt['answers']} are the token {shown!r}")
+    for word in words:
+        after = tokenizer(context + word, add_special_tokens=False)["input_ids"]
+        if after[:-1] != before or after[-1] == tokenizer.unk_token_id or after[-1] in tokens:
+            ends = [tokenizer.convert_ids_to_tokens(ids[-4:]) for ids in (before, after)]
+            raise UserError(f"the answer {word!r} is not one token of its own: the prompt ends in {ends[0]}, with it in "
+                            f'{ends[1]}; choose other "answers" with --prompt')
+        tokens.append(after[-1])
     return tokens
 
 # ------------------------------------------------------------------------------------------------- prompt scoring
 
-# In the order in which data flows: texts -> token ids -> packed rows -> batches -> arrays and mask -> logits at the
-# answers -> scores.
+# In the order in which data flows: texts -> token ids -> rows -> batches -> arrays and mask -> logits at the answers ->
+# scores. All prompts of a user begin with the same history. Two layouts compute it once: "packed" puts a user's prompts
+# into one row, "cached" lets them continue one prefix cache.
 
 
 class Scorer(NamedTuple):
-    """A model, ready to score. Users, here and below, are those that with_texts gives.
-
-    Layout, which find_layout chooses by what the model allows: "packed", a user's prompts share a row; "padded", a row
-    per text, the short ones of a batch padded; "equal", a row per text, in batches of texts of one length.
-    """
+    """A model, ready to score. Users, here and below, are those that with_texts gives."""
     name: str  # hub id or folder
     model: torch.nn.Module
     tokenizer: object
     type: str  # "prompt" or "embed"
-    family: str  # "causal", "masked" or "seq2seq": see FAMILIES
-    layout: str  # "packed", "padded" or "equal"
+    family: str  # "causal", "masked" or "seq2seq": see family_of
+    layout: str  # "packed", "cached", "padded" or "equal": see layout_of
     prompt: dict  # the wording: see PROMPT
     chat_template: bool
+    answers: list  # [yes, no]: their columns of the logits
     pooling: str  # "last", "mean" or "cls"; of no use for prompts
-    dense: torch.nn.Module  # the layers after pooling; of most models none
-    limit: int  # tokens of a text, at most
-    max_tokens: int  # tokens of a forward pass, at most
+    dense: torch.nn.Module  # the layers after pooling; most models have none
+    lower_case: bool  # whether texts to embed are lower-cased
+    limit: int  # tokens per text, at most
+    max_tokens: int  # tokens per forward pass, at most
     pad: int  # token id of padding; no token sees it
 
 
 class Row(NamedTuple):
-    """A row of a batch: suffixes (token ids) that each continue the prefix (token ids); one suffix where unpacked."""
+    """A row of a batch: suffixes (token ids) that each continue the prefix (token ids); one suffix where unshared."""
     prefix: list
     suffixes: list
-    indices: list  # of each suffix: the number of its text, counted over all users of a call
+    indices: list  # per suffix: the number of its text, counted over all users of a call
 
 
-def user_texts(scorer, history, candidates):
-    """The texts that hold a user's history: a prompt per candidate or, to embed, the history alone."""
+def user_texts(scorer, user, history):
+    """The texts that hold a user's history: one prompt per candidate or, to embed, the history alone."""
     if scorer.type == "embed":
         return [fill(scorer.prompt["user"], history=history_text(scorer.prompt, history))]
-    texts = candidate_prompts(scorer.prompt, history, candidates)
+    texts = candidate_prompts(scorer.prompt, history, user["candidates"])
     mask = scorer.tokenizer.mask_token
     if scorer.family == "masked" and mask not in scorer.prompt["prompt"]:  # wording without a place for the answer
         texts = [text + mask for text in texts]
+    if scorer.chat_template:
+        texts = [render_chat(scorer.tokenizer, text, user["user"])[0] for text in texts]
     return texts
 
 
 def encode(scorer, texts):
     """Token ids of texts, each tokenised whole."""
-    special_tokens = scorer.prompt["special_tokens"]
-    if scorer.chat_template and scorer.type == "prompt":
-        texts = [render_chat(scorer.tokenizer, text)[0] for text in texts]
-        special_tokens = False  # the template has written them
+    tokenizer = scorer.tokenizer
+    special_tokens = scorer.prompt["special_tokens"] and not scorer.chat_template  # a template has written them
+    if scorer.lower_case:
+        texts = [text.lower() for text in texts]
     if not texts:
         return []
-    tokenizer = scorer.tokenizer
     ids = tokenizer(texts, add_special_tokens=special_tokens)["input_ids"]
     if special_tokens and scorer.type == "prompt" and scorer.family == "causal":
-        bare = tokenizer("yes item", add_special_tokens=False)["input_ids"]
-        if tokenizer("yes item")["input_ids"][-1] != bare[-1]:  # it appends EOS or SEP, where the answer has to come
+        bare = tokenizer("yes", add_special_tokens=False)["input_ids"]
+        if tokenizer("yes")["input_ids"][-1] != bare[-1]:  # it appends EOS or SEP, where the answer has to come
             ids = [tokens[:-1] for tokens in ids]
     # an item without text, a tokenizer without BOS: there must be a state to read
     return [tokens or [tokenizer.eos_token_id or 0] for tokens in ids]
@@ -300,13 +275,21 @@ def encode_user(scorer, user):
 
     All texts of a user are cut alike, so they still share their history. Raises UserError where one item is too long.
     """
-    for dropped in range(max(1, len(user["history"]))):
-        ids = encode(scorer, user_texts(scorer, user["history"][dropped:], user["candidates"]))
-        longest = max(map(len, ids))
-        if longest <= scorer.limit:
-            return ids, dropped
-    raise UserError(f"user {user['user']} needs {longest} tokens with no more than one item of history, but at most "
-                    f"{scorer.limit} fit: raise --max-length, if the model allows it, or shorten the prompt")
+    def encode_without(dropped):
+        return encode(scorer, user_texts(scorer, user, user["history"][dropped:]))
+
+    def fits(dropped):
+        return max(map(len, encode_without(dropped))) <= scorer.limit
+
+    ids = encode_without(0)
+    if max(map(len, ids)) <= scorer.limit:
+        return ids, 0
+    most = max(0, len(user["history"]) - 1)  # one item stays
+    if not fits(most):
+        raise UserError(f"user {user['user']}: more than {scorer.limit} tokens with no more than one item of history: "
+                        "raise --max-length, if the model allows it, or shorten the prompt")
+    dropped = bisect.bisect_left(range(most), True, key=fits)  # lengths only fall with every item dropped
+    return encode_without(dropped), dropped
 
 
 def common_prefix(ids):
@@ -334,16 +317,17 @@ def indices_of(rows):
 def rows_of(scorer, per_user):
     """The texts of several users as rows [prefix | suffix 1 | suffix 2 | ...] of at most max_tokens.
 
-    per_user: of each user the texts, of each text the token ids. A row holds one suffix at least; where the model must
-    not pack, only one. Each text was tokenised whole, so the result is that of separate texts, for any tokenizer.
+    per_user: per user the texts, per text the token ids. A row holds one suffix at least, and only one in the layouts
+    that do not share. Each text was tokenised whole, so the result is that of separate texts, for any tokenizer.
     """
+    shares = scorer.layout in ("packed", "cached")
     rows, index = [], 0
     for ids in per_user:
         shared = common_prefix(ids)
         row = None  # the next suffix starts a row
         for tokens in ids:
             suffix = tokens[shared:]
-            if row is None or scorer.layout != "packed" or row_length(row) + len(suffix) > scorer.max_tokens:
+            if row is None or not shares or row_length(row) + len(suffix) > scorer.max_tokens:
                 row = Row(tokens[:shared], [], [])
                 rows.append(row)
             row.suffixes.append(suffix)
@@ -356,9 +340,9 @@ def fill_batches(scorer, rows):
     """The rows in batches, longest first, of at most max_tokens with their padding (one row at least).
 
     A batch also ends where lengths fall below two thirds of its longest, so that little is spent on padding; in the
-    layout "equal" where the length changes.
+    layout "equal" where the length changes. In the layout "cached" a row is a batch: its suffixes fill it.
     """
-    shortest_share = 1.0 if scorer.layout == "equal" else 2 / 3
+    shortest_share = {"equal": 1.0, "cached": math.inf}.get(scorer.layout, 2 / 3)
     batches, batch, longest = [], [], 0
     for row in sorted(rows, key=row_length, reverse=True):
         too_many = (len(batch) + 1) * longest > scorer.max_tokens
@@ -394,8 +378,8 @@ def lay_out(rows, pad):
     return ids, positions, segments, np.array(last)
 
 
-def packed_mask(segments):
-    """Who sees whom: a boolean tensor (rows, 1, length, length) from the segments (rows, length).
+def packed_mask(segments, positions, window=None, chunk=None):
+    """Who sees whom in packed rows: a boolean tensor (rows, 1, length, length) from segments and positions, as lay_out's.
 
     A token sees itself and what stands before it in the prefix and in its own suffix, nothing of the other suffixes:
 
@@ -405,73 +389,78 @@ def packed_mask(segments):
                                           c  1 1 1 . . .        each suffix computes exactly what it would
                                           d  1 1 1 1 . .        compute in a prompt of its own, since its
                                           e  1 1 . . 1 .        positions, too, continue the prefix
-                                          f  1 1 . . 1 1
+                                          f  . 1 . . 1 1        <- with a window of 3: f is at position 3, a at 0
+
+    window, chunk: a model's own limits on attention, by position, as in separate prompts.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     visible = (key == 0) | (key == query)  # padding sees the prefix, since a softmax over nothing is NaN
+    query, key = positions[:, :, None], positions[:, None, :]
+    if window:
+        visible &= query - key < window
+    if chunk:
+        visible &= query // chunk == key // chunk
     return visible.tril()[:, None]
 
 
+def packed_masks(model, segments, positions):
+    """packed_mask as the model takes it: added to attention scores; a dict where its layers differ in kind."""
+    config, dtype = model.config.get_text_config(), model.dtype
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    limits = {"sliding_attention": (window, None), "chunked_attention": (None, chunk)}
+    layer_types = getattr(config, "layer_types", None)
+    masks = {}
+    for kind in set(layer_types or ["sliding_attention"]):
+        blocked = ~packed_mask(segments, positions, *limits.get(kind, ()))
+        masks[kind] = blocked.to(dtype) * torch.finfo(dtype).min  # eager attention takes no boolean mask
+    return masks if layer_types else masks["sliding_attention"]
+
+
 def model_inputs(scorer, rows):
-    """What a model is given, and where suffixes end (see lay_out): there a decoder-only model answers."""
-    device, dtype = scorer.model.device, scorer.model.dtype
+    """What a model is given for a batch, and where suffixes end (see lay_out): there a decoder-only model answers."""
+    prefix = []
+    if scorer.layout == "cached":  # the batch is one row: its suffixes become the rows
+        prefix, suffixes, _ = rows[0]
+        rows = [Row([], [suffix], []) for suffix in suffixes]
+    device = scorer.model.device
     ids, positions, segments, last = lay_out(rows, scorer.pad)
     segments = torch.tensor(segments, device=device)
     inputs = {"input_ids": torch.tensor(ids, device=device), "attention_mask": (segments >= 0).long()}
     if scorer.layout == "packed":
-        blocked = ~packed_mask(segments)
-        inputs["attention_mask"] = blocked.to(dtype) * torch.finfo(dtype).min  # to be added: eager takes no boolean one
         inputs["position_ids"] = torch.tensor(positions, device=device)
+        inputs["attention_mask"] = packed_masks(scorer.model, segments, inputs["position_ids"])
+    if prefix:
+        inputs["past_key_values"] = prefix_cache(scorer, prefix, len(rows))
+        inputs["use_cache"] = True
+        sees_prefix = torch.ones(len(rows), len(prefix), dtype=torch.long, device=device)
+        inputs["attention_mask"] = torch.cat([sees_prefix, inputs["attention_mask"]], dim=1)
     return inputs, last
 
 
-def masked_inputs(scorer, rows):
-    """What a masked model is given, and where the answers are read: at the last mask token of each row."""
-    inputs, answers = model_inputs(scorer, rows)
-    is_mask = inputs["input_ids"] == scorer.tokenizer.mask_token_id
-    columns = torch.arange(is_mask.shape[1], device=is_mask.device)
-    answers[:, 1] = (is_mask * columns).amax(1).cpu()  # the highest column that holds one
-    return inputs, answers
-
-
-def seq2seq_inputs(scorer, rows):
-    """What an encoder-decoder model is given, and where the answers are read: at the first decoder position."""
-    inputs, answers = model_inputs(scorer, rows)
-    start = scorer.model.config.decoder_start_token_id
-    inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=scorer.model.device)
-    answers[:, 1] = 0
-    return inputs, answers
-
-
-class Family(NamedTuple):
-    prompt_class: str  # the class of transformers that brings the LM head
-    embed_class: str  # the one without it
-    inputs: object  # (scorer, rows) -> the model's inputs and the (row, column) of each answer
-    pooling: str  # of embeddings, if the model's own files name none
-
-
-FAMILIES = {  # a new family of models is added here
-    "causal": Family("AutoModelForCausalLM", "AutoModel", model_inputs, "last"),
-    "masked": Family("AutoModelForMaskedLM", "AutoModel", masked_inputs, "mean"),
-    "seq2seq": Family("AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", seq2seq_inputs, "mean"),
-}
-YES, NO = 0, 1  # the LM head was cut to these two rows when the model was loaded: see cut_head
-
-
-def answer_logits(scorer, rows):
-    """The logits at the answer of every suffix of the rows, in order: float64 (suffixes, 2), with gradient.
-
-    Before the LM head is cut: (suffixes, vocabulary).
-    """
-    inputs, answers = FAMILIES[scorer.family].inputs(scorer, rows)
-    logits = scorer.model(**inputs).logits  # (rows, length, 2)
-    return logits[answers[:, 0], answers[:, 1]].double()
+def prefix_cache(scorer, prefix, copies):
+    """The model's cache after the prefix (token ids), computed once and repeated for as many suffixes."""
+    ids = torch.tensor([prefix], device=scorer.model.device)
+    cache = scorer.model(input_ids=ids, use_cache=True).past_key_values
+    cache.reorder_cache(torch.zeros(copies, dtype=torch.long, device=ids.device))
+    return cache
 
 
 def score_rows(scorer, rows):
     """logit(yes) - logit(no) of every suffix of the rows, in order: a float64 tensor (suffixes,), with gradient."""
-    logits = answer_logits(scorer, rows)
-    return logits[:, YES] - logits[:, NO]
+    inputs, answers = model_inputs(scorer, rows)
+    if scorer.family == "masked":  # the answer is read at the last mask token of each row
+        is_mask = inputs["input_ids"] == scorer.tokenizer.mask_token_id
+        columns = torch.arange(is_mask.shape[1], device=is_mask.device)
+        answers[:, 1] = (is_mask * columns).amax(1).cpu()
+    if scorer.family == "seq2seq":  # at the first decoder position
+        start = scorer.model.config.decoder_start_token_id
+        inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=scorer.model.device)
+        answers[:, 1] = 0
+    logits = scorer.model(**inputs).logits  # (rows, length, 2), since the LM head has been cut: see cut_head
+    logits = logits[answers[:, 0], answers[:, 1]].double()
+    yes, no = scorer.answers
+    return logits[:, yes] - logits[:, no]
 
 
 def in_batches(scorer, rows, forward):
@@ -484,28 +473,28 @@ def in_batches(scorer, rows, forward):
 
 
 def score_prompts(scorer, users):
-    """Prompt-based scores of users: ([float64 (candidates,) per user], what it took).
+    """Prompt-based scores of users: ([float64 (candidates,) per user], cost).
 
-    What it took: tokens_scored, tokens_unpacked (in separate prompts), dropped (history items per user, to fit).
+    cost: tokens_scored, tokens_unshared (in separate prompts), dropped (history items per user, to fit).
     """
-    per_user, numbers, dropped, tokens_unpacked = [], [], [], 0
+    per_user, distinct, dropped = [], [], []
     for user in users:
         ids, cut = encode_user(scorer, user)
-        distinct = {}  # of equal prompts one is scored, so that rounding cannot tell them apart
-        for tokens in ids:
-            distinct.setdefault(tuple(tokens), len(distinct))
-        per_user.append(list(distinct))
-        numbers.append([distinct[tuple(tokens)] for tokens in ids])
+        ids = list(map(tuple, ids))
+        per_user.append(ids)
+        distinct.append(list(dict.fromkeys(ids)))  # equal prompts run once, so that rounding cannot tell them apart
         dropped.append(cut)
-        tokens_unpacked += sum(map(len, ids))
-    rows = rows_of(scorer, per_user)
+    rows = rows_of(scorer, distinct)
     with torch.no_grad():
         scores = in_batches(scorer, rows, score_rows).cpu().numpy()
-    ends = np.cumsum(list(map(len, per_user)))
-    by_user = np.split(scores, ends[:-1])
-    tokens_scored = sum(map(row_length, rows))
-    took = {"tokens_scored": tokens_scored, "tokens_unpacked": tokens_unpacked, "dropped": dropped}
-    return [own[number] for own, number in zip(by_user, numbers)], took
+    all_scores, start = [], 0
+    for ids, once in zip(per_user, distinct):
+        score_of = dict(zip(once, scores[start:]))
+        all_scores.append(np.array([score_of[tokens] for tokens in ids]))
+        start += len(once)
+    tokens_unshared = sum(len(tokens) for ids in per_user for tokens in ids)
+    cost = {"tokens_scored": sum(map(row_length, rows)), "tokens_unshared": tokens_unshared, "dropped": dropped}
+    return all_scores, cost
 
 # ----------------------------------------------------------------------------------------------- embedding scoring
 
@@ -522,14 +511,14 @@ def embed_rows(scorer, rows):
     elif scorer.pooling == "last":
         pooled = states[last[:, 0], last[:, 1]]
     else:
-        mask = inputs["attention_mask"][:, :, None]
+        mask = inputs["attention_mask"][:, :, None].to(states.device)
         pooled = (states * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(scorer.dense(pooled))
 
 
 def embed(scorer, ids):
     """Embeddings of texts (token ids), in their order: as embed_rows."""
-    rows = rows_of(scorer, [ids])  # as of one user: unpacked, a row is its text, whatever prefix is found
+    rows = rows_of(scorer, [ids])  # as of one user: unshared, a row is its text, whatever prefix is found
     return in_batches(scorer, rows, embed_rows)
 
 
@@ -543,11 +532,11 @@ def encode_items(scorer, texts):
     return ids
 
 
-def score_embeddings(scorer, users, known):
+def score_embeddings(scorer, users, embeddings):
     """Embedding-based scores of users, cosine(history, candidate); returns as score_prompts.
 
-    known: {item text: embedding}, filled here, so that an item is encoded once over all calls; it takes 8 bytes times
-    the width per distinct item (20,000 items of width 4,096: 0.7 GB).
+    embeddings: {item text: its embedding}, filled here, so that an item is encoded once over all calls; it takes 8
+    bytes times the width per distinct item (20,000 items of width 4,096: 0.7 GB).
     """
     ids, dropped, new = [], [], {}
     for user in users:
@@ -555,414 +544,25 @@ def score_embeddings(scorer, users, known):
         ids += history_ids  # of one text
         dropped.append(cut)
         for text in user["candidates"]:
-            if text not in known:
+            if text not in embeddings:
                 new[text] = None  # a dict, as a set in order
     ids += encode_items(scorer, list(new))
     with torch.no_grad():
         vectors = embed(scorer, ids).cpu().numpy()
-    known.update(zip(new, vectors[len(users):].copy()))  # a view would keep the users' in memory
+    embeddings.update(zip(new, vectors[len(users):].copy()))  # a view would keep the users' in memory
     scores = []
     for user, vector in zip(users, vectors):
-        cosines = [vector @ known[text] for text in user["candidates"]]
+        cosines = [vector @ embeddings[text] for text in user["candidates"]]
         scores.append(np.array(cosines))
     tokens = sum(map(len, ids))
-    return scores, {"tokens_scored": tokens, "tokens_unpacked": tokens, "dropped": dropped}
+    return scores, {"tokens_scored": tokens, "tokens_unshared": tokens, "dropped": dropped}
 
 
-def scores_of(scorer, users, known):
-    """Scores of users by the scorer's type: as score_prompts or, with known, score_embeddings."""
+def scores_of(scorer, users, embeddings):
+    """Scores of users by the scorer's type: as score_prompts or, with embeddings, score_embeddings."""
     if scorer.type == "embed":
-        return score_embeddings(scorer, users, known)
+        return score_embeddings(scorer, users, embeddings)
     return score_prompts(scorer, users)
-
-# ------------------------------------------------------------------------------------------------- loading models
-
-MODELS = {  # short names; any hub id or local folder works too
-    "bert-base": "bert-base-uncased", "bert-large": "bert-large-uncased",
-    "opt-350m": "facebook/opt-350m", "opt-1.3b": "facebook/opt-1.3b",
-    "llama-7b": "huggyllama/llama-7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "llama-3.1-8b": "meta-llama/Meta-Llama-3.1-8B",
-    "qwen-2-0.5b": "Qwen/Qwen2-0.5B-Instruct", "qwen-2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
-    "qwen-2-7b": "Qwen/Qwen2-7B-Instruct", "deepseek-qwen-2-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
-    "glm-4-9b": "THUDM/glm-4-9b-chat-hf", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
-    "phi-2": "microsoft/phi-2", "phi-3-small": "microsoft/Phi-3-small-8k-instruct",  # needs --trust-remote-code
-    "recgpt-7b": "vinai/RecGPT-7B", "e5-base": "intfloat/e5-base-v2", "e5-large": "intfloat/e5-large-v2",
-    "sentence-bert": "efederici/sentence-bert-base", "sentence-t5": "sentence-transformers/sentence-t5-base",
-}
-
-
-def model_name(model):
-    """The folder or hub id that --model means; a folder goes before a short name."""
-    return model if Path(model).is_dir() else MODELS.get(model, model)
-
-
-def placement(args):
-    """(device, dtype) that --device and --dtype mean on this machine, as strings. Raises UserError without a GPU."""
-    cuda = torch.cuda.is_available()
-    device = args.device or ("cuda" if cuda else "cpu")
-    if "cuda" in device and not cuda:
-        raise UserError(f"--device {device}: torch sees no CUDA GPU here")
-    if args.dtype != "auto":
-        return device, args.dtype
-    return device, "bfloat16" if "cuda" in device else "float32"
-
-
-def load_scorer(args):
-    """A Scorer for args.model and args.type, in evaluation mode on args.device; flags as in shared_arguments.
-
-    Raises UserError, one line, where the model cannot be loaded, has no LM head for prompts, or scores wrongly.
-    """
-    name = model_name(args.model)
-    say(f"{name}: loading, and checking on made-up texts how texts may share a forward pass")
-    try:
-        scorer = load_pretrained(args, name)
-        if args.type == "prompt":
-            cut_head(scorer)
-        return scorer._replace(layout=find_layout(scorer))
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
-        where = ""
-        if isinstance(error, OSError) and not Path(name).is_dir():
-            where = "no such folder, and not on the hub (offline, gated, misspelt?): "
-        raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
-
-
-def load_pretrained(args, name):
-    """The Scorer of a model folder or hub id, its layout still to be found."""
-    import transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry without a network
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    if Path(name, "adapter_config.json").exists():  # transformers would load the adapter, too
-        raise UserError(f"{name} holds an adapter: give it as --adapter, and its base model as --model")
-    prompt = load_prompt(args.prompt)
-    device, dtype = placement(args)
-    remote = {"trust_remote_code": args.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(name, **remote)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
-    if isinstance(tokenizer.chat_template, str) and "strftime_now" in tokenizer.chat_template:
-        # it writes today's date: here every day the same, or scores would change
-        tokenizer.chat_template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.chat_template
-    family = family_of(config)
-    class_name = FAMILIES[family].prompt_class if args.type == "prompt" else FAMILIES[family].embed_class
-    loader = getattr(transformers, class_name)
-    model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **remote)
-    model.config.use_cache = False
-    model.to(device).eval()
-    if "cuda" in device:
-        torch.cuda.reset_peak_memory_stats(device)
-    pooling, dense = args.pooling, torch.nn.Sequential()
-    if args.type == "embed":
-        pooling, dense = sentence_modules(name, args.pooling, FAMILIES[family].pooling)
-    limit = min(args.max_length, max_positions(model, tokenizer))
-    max_tokens = args.max_tokens or (1024 if device.startswith("cpu") else 8192)
-    scorer = Scorer(
-        name=name, model=model, tokenizer=tokenizer, type=args.type, family=family, layout="padded", prompt=prompt,
-        chat_template=args.chat_template, pooling=pooling, dense=dense.to(device, torch.float64), limit=limit,
-        max_tokens=max_tokens, pad=tokenizer.pad_token_id or 0)
-    check_model(scorer, info["missing_keys"])
-    return scorer
-
-
-def family_of(config):
-    """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone says false
-        return "seq2seq"
-    saved_class = (config.architectures or [""])[0]
-    if saved_class.endswith("WithLMHeadModel"):  # XLM and Flaubert: either
-        return "causal" if getattr(config, "causal", False) else "masked"
-    if saved_class.endswith(("CausalLM", "LMHeadModel")):
-        return "causal"
-    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
-
-
-def check_model(scorer, missing):
-    """Raise UserError where a model that has been loaded cannot give scores.
-
-    missing: names of the weights that its file lacks, which transformers then invents.
-    """
-    name, tokenizer = scorer.name, scorer.tokenizer
-    missing = [key for key in missing if "pooler" not in key]  # scores use none
-    if missing and scorer.type == "prompt":
-        raise UserError(f"model {name} has no LM head ({min(missing)} is missing): use --type embed")
-    if missing:
-        raise UserError(f"model {name} has incomplete weights ({min(missing)} is missing)")
-    tokens = tokenizer("yes item", add_special_tokens=False)["input_ids"]
-    if not tokens or set(tokens) == {tokenizer.unk_token_id}:
-        raise UserError(f"the tokenizer of {name} does not know the words 'yes' and 'item': are its files missing?")
-    vocabulary_size = scorer.model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocabulary_size:
-        raise UserError(f"the tokenizer of {name} has token {highest}, the model embeds {vocabulary_size}: "
-                        "they do not belong together")
-    if scorer.type == "embed":
-        return
-    if scorer.model.config.model_type == "xlnet":
-        raise UserError(f"the LM head of {name} predicts the token that it reads, not the next one: use --type embed")
-    if scorer.family == "masked" and tokenizer.mask_token is None:
-        raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
-    if scorer.family == "seq2seq" and getattr(scorer.model.config, "decoder_start_token_id", None) is None:
-        raise UserError(f"the configuration of {name} names no decoder_start_token_id, where the answer is read")
-
-
-def max_positions(model, tokenizer):
-    """The longest input in tokens that a model has positions for."""
-    config = model.config.get_text_config()
-    limits = [tokenizer.model_max_length]
-    for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        limits.append(getattr(config, key, None) or math.inf)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond the original length, one long text changes all texts of its batch
-        limits.append(config.original_max_position_embeddings)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's start after the padding id
-    return min(limit for limit in limits if limit > 0)  # XLNet says -1 for no limit
-
-
-def sentence_modules(name, pooling, default):
-    """(pooling, dense layers after it): with --pooling auto as the model's own sentence-transformers files say.
-
-    Raises UserError where they name something that is not supported here.
-    """
-    modules = read_model_file(name, "modules.json")
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    # in this order, each if it is there; "" without modules.json
-    if not re.fullmatch("(Transformer(,Pooling)?(,Dense)*(,Normalize)?)?", ",".join(kinds)):
-        raise UserError(f"model {name} embeds through {', '.join(kinds)}, which is not supported")
-    dense = torch.nn.Sequential()
-    for kind, module in zip(kinds, modules):  # a cosine needs no Normalize
-        if kind == "Pooling" and pooling == "auto":
-            pooling = pooling_of(name, module["path"])
-            say(f"{name}: pooling {pooling}, by its sentence-transformers files")
-        if kind == "Dense":
-            dense.append(load_dense(name, module["path"]))
-    if pooling == "auto":
-        pooling = default
-        say(f"{name}: pooling {pooling}, since its files name none (or the hub is out of reach: then give --pooling)")
-    return pooling, dense
-
-
-def pooling_of(name, path):
-    """"cls", "mean" or "last", as the folder `path` of the model says. Raises UserError for any other."""
-    settings = read_model_file(name, f"{path}/config.json")
-    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
-    modes = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
-    if len(modes) != 1 or modes[0] not in names:
-        raise UserError(f"model {name} pools by {' and '.join(modes) or 'nothing'}, which is not supported: "
-                        "choose with --pooling")
-    return names[modes[0]]
-
-
-def load_dense(name, path):
-    """A dense layer that follows pooling (sentence-T5), with its activation; linear is its name in the weights file."""
-    from transformers.modeling_utils import load_state_dict
-    settings = read_model_file(name, f"{path}/config.json")
-    file = model_file(name, f"{path}/model.safetensors") or model_file(name, f"{path}/pytorch_model.bin")
-    dense = torch.nn.Sequential()
-    dense.linear = torch.nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
-    dense.load_state_dict(load_state_dict(file))
-    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
-    return dense.append(getattr(torch.nn, activation)()).requires_grad_(False)
-
-
-def model_file(name, file):
-    """The path of a file of a model folder or hub id; None where it has no such file."""
-    from transformers.utils import cached_file
-    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
-                       _raise_exceptions_for_connection_errors=False)
-
-
-def read_model_file(name, file):
-    """The JSON value of a file of a model folder or hub id; {} where it has no such file."""
-    path = model_file(name, file)
-    return read_json(path) if path else {}
-
-
-def tolerance(dtype, values):
-    """By how much scores of about these values may differ through rounding.
-
-    In bfloat16 rounding has been seen to move scores by 0.15 where a wrong position moved them by 0.9 to 3; a fault
-    smaller than that passes.
-    """
-    share = 0.15 if dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return share * (1 + float(values.abs().max()))
-
-
-def made_up_text(scorer, length, seed):
-    """Token ids of a text of this length, from all but the special tokens; a masked model's prompt ends in its mask."""
-    vocabulary_size = scorer.model.get_input_embeddings().weight.shape[0]
-    ordinary = np.delete(np.arange(vocabulary_size), scorer.tokenizer.all_special_ids)
-    tokens = np.random.default_rng(seed).choice(ordinary, length).tolist()
-    if scorer.family == "masked" and scorer.type == "prompt":
-        tokens[-1] = scorer.tokenizer.mask_token_id
-    return tokens
-
-
-def cut_head(scorer):
-    """Replace the LM head by its two rows of the answers, in float32 at least (float64 stays).
-
-    The model's own forward then gives logits (..., 2), with its soft-capping, scaling and bias. bfloat16 logits would
-    tie, and ties distort AUC. Raises UserError where the two logits differ from those of the whole head.
-    """
-    tokens = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.chat_template)
-    rows = rows_of(scorer, [[made_up_text(scorer, 8, 0)]])
-    with torch.no_grad():
-        expected = answer_logits(scorer, rows)[:, tokens]
-        replace_head(scorer.model, tokens)
-        cut = answer_logits(scorer, rows)
-    # of another shape where forward does not use the new head
-    if cut.shape != expected.shape or (cut - expected).abs().max() > tolerance(scorer.model.dtype, expected):
-        raise UserError(f"the LM head of {scorer.name} is not a plain matrix, so it cannot be cut to two answers")
-
-
-def replace_head(model, tokens):
-    """Put a linear layer of two rows, those of the token ids `tokens`, in place of the LM head."""
-    head = model.get_output_embeddings()
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
-    two = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=dtype)
-    two.weight.data = head.weight.data[tokens].to(dtype)
-    two.bias.data.zero_()
-    if getattr(head, "bias", None) is not None:
-        two.bias.data = head.bias.data[tokens].to(dtype)
-    two.register_forward_pre_hook(cast_input)
-    two.requires_grad_(False)
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module is head:  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
-            model.set_submodule(path, two)
-    if hasattr(model, "final_logits_bias"):  # BART adds it after the head
-        model.final_logits_bias = model.final_logits_bias[:, tokens]
-
-
-def cast_input(module, inputs):
-    """Before a layer runs: its input in the type of its weights."""
-    return (inputs[0].to(module.weight.dtype),)
-
-
-def load_adapter(scorer, folder, trainable=False):
-    """The scorer with a run's LoRA adapter on its model; peft keeps adapters in float32 at least.
-
-    Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
-    """
-    import peft
-    try:
-        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable,
-                                               torch_device=str(scorer.model.device)).eval()
-        saved = set(peft.load_peft_weights(folder, device="cpu"))
-        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    except Exception as error:
-        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
-    if saved != wanted:  # peft would leave the model's own weights in place
-        raise UserError(f"adapter {folder} does not fit {scorer.name}: {len(wanted - saved)} weights are missing and "
-                        f"{len(saved - wanted)} unknown, such as {min(saved ^ wanted)}")
-    return scorer._replace(model=model)
-
-# ----------------------------------------------------------------------------- how texts may share a forward pass
-
-
-def find_layout(scorer):
-    """The layout (see Scorer) in which texts share a forward pass without changing each other's scores.
-
-    No list of architectures is complete, so the loaded model itself is tried on made-up token ids: on packed rows as
-    long as any that will be run, and on texts beside up to 1,024 tokens of padding. Raises UserError where the model
-    gives other scores each time.
-    """
-    if scorer.type == "prompt" and scorer.family == "causal":
-        fault = packing_fault(scorer)
-        if fault is None:
-            return "packed"
-        say(f"{scorer.name}: prompts are scored without packing: {fault}")
-    if padding_changes(scorer):
-        say(f"{scorer.name}: padding changes its scores, so a batch holds texts of equal length")
-        return "equal"
-    return "padded"
-
-
-def packing_fault(scorer):
-    """Why this model must not be packed, None where it may."""
-    if "position_ids" not in inspect.signature(scorer.model.forward).parameters:
-        return "its forward takes no position_ids"
-    config = scorer.model.config.get_text_config()
-    for key in ("sliding_window", "attention_chunk_size", "window_size"):
-        window = getattr(config, key, None)
-        if window and window < scorer.limit:  # the mask of a packed row holds no window
-            return f"its attention window ({window}) is shorter than a prompt may be ({scorer.limit})"
-    prompts = prompts_of_a_row(scorer)
-    changed = [prompts[0][:-1] + made_up_text(scorer, 1, 0), *prompts[1:]]  # another token in the first suffix
-    packed = scorer._replace(layout="packed", max_tokens=math.inf)  # all in one row
-    inputs, _ = model_inputs(scorer, rows_of(scorer, [prompts[:1]]))
-    from_0 = torch.arange(len(prompts[0]), device=scorer.model.device)[None]
-    try:
-        with torch.no_grad():
-            logits = scorer.model(**inputs).logits
-            logits_from_0 = scorer.model(**inputs, position_ids=from_0).logits
-        scores = scores_or_embeddings(packed, prompts)
-        scores_changed = scores_or_embeddings(packed, changed)
-    except torch.OutOfMemoryError:  # a RuntimeError, too
-        raise
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        return f"its forward does not take the mask of packed rows ({type(error).__name__})"
-    # (1) its own positions must count from 0, as those of packed rows do (RoBERTa's do not)
-    if not torch.equal(logits, logits_from_0):
-        return "it does not count positions from 0"
-    # (2) leak: the scores of the other suffixes must not move by a single bit
-    if (scores_changed[1:] != scores[1:]).any():
-        return "a candidate's score depends on the candidates beside it (layers that carry a state along the row)"
-    # (3) positions: packed scores must be those of separate prompts
-    separate = scores_or_embeddings(scorer, [prompts[0], prompts[-1]])  # beside the prefix and far from it
-    difference = (scores[[0, -1]] - separate).abs().max()
-    if difference > tolerance(scorer.model.dtype, separate):
-        return f"packed and separate scores differ by {difference:.2g} (attention depends on the position in the row)"
-    return None
-
-
-def prompts_of_a_row(scorer):
-    """Made-up prompts of one user, as many as fill a forward pass in one row, two at least.
-
-    As in real rows, suffixes are short and, since the prefix is long, some stand far from it. The first is one token.
-    """
-    prefix = made_up_text(scorer, max(1, scorer.limit // 2), 0)
-    lengths = [1, 4, 16, 64]  # of titles, and one longer
-    prompts, size = [], len(prefix)
-    while size < scorer.max_tokens or len(prompts) < 2:
-        length = min(lengths[len(prompts) % 4], max(1, scorer.limit - len(prefix)))
-        prompts.append(prefix + made_up_text(scorer, length, len(prompts) + 1))
-        size += length
-    return prompts
-
-
-def padding_changes(scorer):
-    """Whether a text's score or embedding changes when a longer text stands beside it in the batch.
-
-    Raises UserError where a second run of the same text gives another one, or NaN.
-    """
-    long = made_up_text(scorer, min(scorer.limit, 1024), 0)
-    if not torch.equal(scores_or_embeddings(scorer, [long]), scores_or_embeddings(scorer, [long])):
-        raise UserError(f"model {scorer.name} gives NaN, or another score on a second run, so they mean nothing: "
-                        "try --dtype float32")
-    lengths = [len(long) // 2, len(long) // 16]  # little padding, and much
-    if scorer.type == "embed":
-        lengths.insert(0, 3)  # a title; first, since a model that cannot run one (Funnel) has to fail here
-    for length in lengths:
-        short = made_up_text(scorer, max(2, length), 1)
-        alone = scores_or_embeddings(scorer, [short])
-        beside = scores_or_embeddings(scorer, [short, long])[0]
-        beside_other_pad = scores_or_embeddings(scorer._replace(pad=long[0]), [short, long])[0]
-        if not torch.equal(beside, beside_other_pad):  # the padding's content must not be felt at all
-            return True
-        if (alone[0] - beside).norm() > tolerance(scorer.model.dtype, alone):  # nor its length, but for rounding
-            return True
-    return False
-
-
-def scores_or_embeddings(scorer, ids):
-    """What a batch of texts (token ids) gives: scores (texts,) or embeddings of length 1 (texts, width)."""
-    rows = rows_of(scorer, [ids])
-    with torch.no_grad():
-        return embed_rows(scorer, rows) if scorer.type == "embed" else score_rows(scorer, rows)
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
@@ -999,8 +599,8 @@ def discount(ranks, k):
 def ndcg(scores, labels, k):
     """nDCG@k: the discounted gain of the positives' ranks, as a share of the best that there is."""
     gain = 0.0
-    for score in scores[labels == 1]:
-        gain += discount(ranks_of(score, scores), k).mean()
+    for score, count in zip(*np.unique(scores[labels == 1], return_counts=True)):
+        gain += count * discount(ranks_of(score, scores), k).mean()
     best = discount(np.arange(1, labels.sum() + 1), k).sum()
     return gain / best
 
@@ -1009,15 +609,14 @@ def first_positive(scores, labels):
     """(ranks, probabilities): where the first positive may stand under random order of ties.
 
     With p positives among the g candidates that tie at the top positive's score, the first positive comes j-th among
-    them with probability C(g - j, p - 1) / C(g, p): the other p - 1 are among the g - j behind it.
+    them with probability C(g - j, p - 1) / C(g, p): p / g for j = 1, then times (g - j - p + 1) / (g - j) for each next.
     """
     top = scores[labels == 1].max()
     ranks = ranks_of(top, scores)
     g, p = len(ranks), int(labels[scores == top].sum())
-    chances = []
-    for j in range(1, g - p + 2):  # at the latest, all other candidates come before
-        chances.append(math.comb(g - j, p - 1) / math.comb(g, p))
-    return ranks[:len(chances)], np.array(chances)
+    j = np.arange(1, g - p + 1)  # at the latest, all other candidates come before
+    ratios = (g - j - p + 1) / (g - j)
+    return ranks[:g - p + 1], p / g * np.cumprod([1, *ratios])
 
 
 def mrr(scores, labels):
@@ -1057,60 +656,46 @@ def user_metric(name, scores, labels):
     metric = USER_METRICS[kind]
     return metric(scores, labels, int(k)) if k else metric(scores, labels)
 
+# ----------------------------------------------------------------------------------------- intervals and RRA@K
 
-def metric_per_user(name, users):
-    """A metric of each of the users, [(scores, labels)]: an array (users,), NaN where a user does not count."""
-    return np.array([user_metric(name, scores, labels) for scores, labels in users])
-
-
-def reciprocal_rank_average(table, k):
-    """RRA@K: how well a training set transfers to other sets. {source: value in 0..1}, None without a target.
-
-    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0; rank_t(s) is the rank of s among
-    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
-    the formula is our reading. It ranks sources and knows nothing of harm: the first of two that both fall below
-    zero-shot still gets 1. table: {source: {target: metric or None}}, single sources only; a target with an empty cell
-    is left out for all sources.
-    """
-    targets = {}
-    for cells in table.values():
-        targets.update(cells)
-    terms = {source: [] for source in table}
-    for target in targets:
-        column = {source: cells.get(target) for source, cells in table.items() if source != target}
-        if None in column.values():
-            continue
-        values = np.array(list(column.values()))
-        for source, value in column.items():
-            ranks = ranks_of(value, values)
-            terms[source].append(np.mean((ranks <= k) / ranks))
-    return {source: float(np.mean(found)) if found else None for source, found in terms.items()}
-
-# ------------------------------------------------------------------------------------------------------- intervals
+FEWEST_USERS = 10  # of fewer, a bootstrap says too little: no interval
 
 
 def bootstrap(name, users, draws=1000, seed=0):
     """A metric over users, [(scores, labels)], then over `draws` resamples of them: an array (1 + draws,).
 
-    NaN where undefined. Users are drawn with replacement, all samples of a user together (percentile bootstrap, Efron
-    1979). Which are drawn depends on the seed and the number of users alone: the arrays of two models on the same users
-    are paired, and may be subtracted. Raises UserError where a score is NaN or infinite.
+    NaN where undefined, and for all resamples where fewer than FEWEST_USERS count. Users are drawn with replacement, all
+    samples of a user together (percentile bootstrap, Efron 1979). Which are drawn depends on the seed and the number of
+    users alone: the arrays of two models on the same users are paired, and may be subtracted. Raises UserError where a
+    score is NaN or infinite.
     """
     scores = np.concatenate([scores for scores, _ in users])
     bad = (~np.isfinite(scores)).sum()
     if bad:
-        raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite; try --dtype float32")
+        raise UserError(f"{bad} of {len(scores)} scores are NaN or infinite: try another --dtype")
     if name == "auc":
         statistic, values = weighted_auc, all_samples(users)
     else:
-        statistic, values = weighted_mean, metric_per_user(name, users)
-    rng = np.random.default_rng(seed)
+        statistic, values = weighted_mean, np.array([user_metric(name, *user) for user in users])
     n = len(users)
-    result = [statistic(values, np.ones(n, int))]  # each user once
-    for _ in range(draws):
+    result = np.full(1 + draws, math.nan)
+    result[0] = statistic(values, np.ones(n, int))  # each user once
+    if users_counted(name, users) < FEWEST_USERS:
+        return result
+    rng = np.random.default_rng(seed)
+    for draw in range(1, 1 + draws):
         drawn = rng.integers(n, size=n)
-        result.append(statistic(values, np.bincount(drawn, minlength=n)))  # each as often as drawn
-    return np.array(result)
+        # how often each user was drawn is all that a metric needs: no sample is copied
+        result[draw] = statistic(values, np.bincount(drawn, minlength=n))
+    return result
+
+
+def users_counted(name, users):
+    """How many of the users, [(scores, labels)], a metric counts: see the comment on metrics."""
+    if name == "auc":
+        return len(users)
+    with_positive = [labels for _, labels in users if labels.any()]
+    return sum(name != "group_auc" or not labels.all() for labels in with_positive)
 
 
 def weighted_mean(values, times):
@@ -1169,13 +754,355 @@ def evaluate_users(users, draws=1000, seed=0):
     for name in METRIC_NAMES:
         found = estimate(bootstrap(name, users, draws, seed)) or {"value": None, "ci": None}
         result[name], result["ci"][name] = found["value"], found["ci"]
-        if name != "auc":
-            result["users_counted"][name] = int(np.isfinite(metric_per_user(name, users)).sum())
+        result["users_counted"][name] = users_counted(name, users)
     return result
 
-# ------------------------------------------------------------------------------------------------- files and flags
 
-# Of what follows, the method needs `digest`, the hash by which samples are chosen, and `read_users`.
+def reciprocal_rank_average(table, k):
+    """RRA@K: how well a training set transfers to other sets. {source: value in 0..1}, None without a target.
+
+    RRA@K(s) = mean over targets t != s of 1 / rank_t(s) where rank_t(s) <= K, else 0; rank_t(s) is the rank of s among
+    the sources other than t by the metric on t. Ties: the expected value over random order. The name is the paper's,
+    the formula is our reading. It ranks sources and knows nothing of harm: the first of two that both fall below
+    zero-shot still gets 1. table: {source: {target: metric or None}}, single sources only; a target with an empty cell
+    is left out for all sources.
+    """
+    targets = {}
+    for cells in table.values():
+        targets.update(cells)
+    terms = {source: [] for source in table}
+    for target in targets:
+        column = {source: cells.get(target) for source, cells in table.items() if source != target}
+        if None in column.values():
+            continue
+        values = np.array(list(column.values()))
+        for source, value in column.items():
+            ranks = ranks_of(value, values)
+            terms[source].append(np.mean((ranks <= k) / ranks))
+    return {source: float(np.mean(found)) if found else None for source, found in terms.items()}
+
+# ------------------------------------------------------------------------------------------------- loading models
+
+MODELS = {  # short names; any hub id or local folder works too
+    "bert-base": "bert-base-uncased", "bert-large": "bert-large-uncased",
+    "opt-350m": "facebook/opt-350m", "opt-1.3b": "facebook/opt-1.3b",
+    "llama-7b": "huggyllama/llama-7b", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B", "llama-3.1-8b": "meta-llama/Meta-Llama-3.1-8B",
+    "qwen-2-0.5b": "Qwen/Qwen2-0.5B-Instruct", "qwen-2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
+    "qwen-2-7b": "Qwen/Qwen2-7B-Instruct", "deepseek-qwen-2-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "glm-4-9b": "THUDM/glm-4-9b-chat-hf", "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "phi-2": "microsoft/phi-2", "phi-3-small": "microsoft/Phi-3-small-8k-instruct",  # needs --trust-remote-code
+    "recgpt-7b": "vinai/RecGPT-7B", "e5-base": "intfloat/e5-base-v2", "e5-large": "intfloat/e5-large-v2",
+    "sentence-bert": "efederici/sentence-bert-base", "sentence-t5": "sentence-transformers/sentence-t5-base",
+}
+AUTO_CLASSES = {  # by family: the class of transformers that brings the LM head, and the one without it
+    "causal": ("AutoModelForCausalLM", "AutoModel"),
+    "masked": ("AutoModelForMaskedLM", "AutoModel"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "AutoModelForTextEncoding"),
+}
+# How texts may share a forward pass, by config.model_type; tests/test_architectures.py proves each entry and tells
+# whether another type may be added. A type in none of the lists runs in batches of one length, right for any model.
+PACKED = """
+afmoe apertus arcee aria_text axk1 axk2 beam biogpt bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl
+cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo
+flint fuyu gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git glm
+glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite
+granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4
+hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4_text longcat_flash mellum mimo_v2_flash
+minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moss_transcribe_diarize
+nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xglm youtu
+""".split()
+CACHED = """
+bailing_hybrid bloom deepseek_v4 falcon falcon_h1 gpt_neo granitemoehybrid inkling2_text inkling_text kimi_linear lfm2
+lfm2_moe lfm3 mpt nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text zamba2 zaya
+""".split()
+PADDED = """
+albert audioflamingo3 bamba bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert
+data2vec-text deberta deberta-v2 distilbert electra ernie esm esmc eurobert falcon_mamba glmasr granite_speech
+granite_speech_plus gte jamba jina_embeddings_v3 layoutlm longformer longt5 luke m2m_100 mamba mamba2 marian mbart
+megatron-bert minimax mobilebert modernbert modernvbert moshi mpnet mra mt5 musicflamingo mvp neomme nllb-moe nomic_bert
+openai-gpt pegasus pegasus_x plbart qwen2_audio qwen3_asr recurrent_gemma rembert roberta roberta-prelayernorm roc_bert
+roformer rwkv squeezebert switch_transformers t5 t5gemma t5gemma2 tapas trocr ultrabert ultravbert umt5 vibevoice_asr
+voxtral xlm-roberta xlm-roberta-xl xlstm xmod zamba
+""".split()
+# XLNet's LM head predicts the token that it reads, Reformer hashes at random, XLM may be masked or causal
+UNUSABLE = "flaubert reformer xlm xlnet".split()
+LM_CLASSES = ("CausalLM", "LMHeadModel", "MaskedLM", "ConditionalGeneration", "PreTraining")  # how their names end
+MADE_UP_USER = {
+    "user": "made up", "history": ["red apple pie", "a new song of the night", "river"], "labels": [1, 0, 0],
+    "candidates": ["green tea", "the old king and the queen of the moon garden", "storm"]}
+
+
+def model_name(model):
+    """The folder or hub id that --model means; a folder goes before a short name."""
+    return model if Path(model).is_dir() else MODELS.get(model, model)
+
+
+def placement(args):
+    """(device, dtype) that --device and --dtype mean on this machine, as strings."""
+    cuda = torch.cuda.is_available()
+    device = args.device or ("cuda" if cuda else "cpu")
+    if args.dtype != "auto":
+        return device, args.dtype
+    return device, "bfloat16" if cuda and device != "cpu" else "float32"
+
+
+def load_scorer(args):
+    """A Scorer for args.model and args.type, in evaluation mode on args.device; flags as in shared_arguments.
+
+    Raises UserError, one line, where the model cannot be loaded or cannot give scores.
+    """
+    name = model_name(args.model)
+    say(f"loading {name}")
+    try:
+        return checked(load_pretrained(args, name))
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # an offline or gated hub, a broken folder, a missing package, an odd architecture
+        where = ""
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            where = "no such folder, and not on the hub (offline, gated, misspelt?): "
+        raise UserError(f"model {name} cannot be used: {where}{type(error).__name__}: {str(error)[:200]}") from None
+
+
+def load_pretrained(args, name):
+    """The Scorer of a model folder or hub id, its LM head still whole."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry without a network
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    if Path(name, "adapter_config.json").exists():  # transformers would load the adapter, too
+        raise UserError(f"{name} holds an adapter: give finetune.py's as --adapter; {MERGE}")
+    embeds = args.type == "embed"
+    files = sentence_files(name, args.pooling) if embeds else NO_SENTENCE_FILES
+    remote = {"trust_remote_code": args.trust_remote_code, "subfolder": files["subfolder"]}
+    config = transformers.AutoConfig.from_pretrained(name, **remote)
+    family = family_of(config)
+    check_config(config, name, embeds)
+    tokenizer = load_tokenizer(name, remote)
+    if family == "masked" and not embeds and tokenizer.mask_token is None:
+        raise UserError(f"the tokenizer of {name} has no mask token, which a masked model's prompt needs")
+    device, dtype = placement(args)
+    loader = getattr(transformers, AUTO_CLASSES[family][embeds])
+    model, info = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True,
+                                         device_map="auto" if device == "auto" else None, **remote)
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # scores use none
+    if missing:  # transformers would invent them
+        raise UserError(f"model {name} lacks weights, such as {min(missing)}" +
+                        ("" if embeds else ": without an LM head, use --type embed"))
+    if device != "auto":
+        model.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model.eval().config.use_cache = False
+    pooling = files["pooling"] or ("last" if family == "causal" else "mean")
+    if embeds:
+        say(f"{name}: pooling {pooling}")
+    limits = [args.max_length, files["max_seq_length"] or math.inf, max_positions(model, tokenizer)]
+    return Scorer(
+        name=name, model=model, tokenizer=tokenizer, type=args.type, family=family,
+        layout=layout_of(model.config, family, embeds), prompt=load_prompt(args.prompt),
+        chat_template=args.chat_template and not embeds, answers=[], pooling=pooling,
+        dense=files["dense"].to(model.device, torch.float64), lower_case=files["do_lower_case"], limit=min(limits),
+        max_tokens=args.max_tokens or (1024 if device == "cpu" else 8192), pad=tokenizer.pad_token_id or 0)
+
+
+def load_tokenizer(name, remote):
+    """The tokenizer of a model. Raises UserError where it does not know words."""
+    import transformers
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **remote)
+    tokens = tokenizer("yes item", add_special_tokens=False)["input_ids"]
+    if not tokens or set(tokens) == {tokenizer.unk_token_id}:
+        raise UserError(f"the tokenizer of {name} does not know the words 'yes' and 'item': are its files missing?")
+    if isinstance(tokenizer.chat_template, str) and "strftime_now" in tokenizer.chat_template:
+        # it writes today's date: here every day the same, or scores would change
+        tokenizer.chat_template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.chat_template
+    return tokenizer
+
+
+def family_of(config):
+    """"seq2seq" (T5), "masked" (BERT and encoders) or "causal" (decoder-only), from a model's configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.is_encoder_decoder or config.model_type in ("t5", "mt5", "umt5"):  # a T5 encoder alone says false
+        return "seq2seq"
+    saved_class = (config.architectures or [""])[0]
+    if saved_class.endswith(("CausalLM", "LMHeadModel")):
+        return "causal"
+    return "masked" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
+
+
+def check_config(config, name, embeds):
+    """Raise UserError for a model that loads without a word and gives scores that mean nothing."""
+    saved_class = (config.architectures or ["CausalLM"])[0]
+    no_lm = not embeds and not saved_class.endswith(LM_CLASSES)  # a classifier or reward model whose head would be tied
+    if no_lm or config.model_type in UNUSABLE:
+        raise UserError(f"model {name} is a {saved_class}, which cannot be scored so here")
+
+
+def layout_of(config, family, embeds):
+    """How texts share a forward pass. "packed": a user's prompts in one row, kept apart by the mask. "cached": each
+    prompt continues one prefix cache. "padded": a row per text, the short ones of a batch padded. "equal": a row per
+    text, in batches of one length."""
+    kind = config.model_type
+    if family == "causal" and not embeds:
+        if kind in PACKED and not getattr(config, "alibi", False):  # ALiBi takes the place in the row for the position
+            return "packed"
+        if kind in CACHED:
+            return "cached"
+    causal = kind in PACKED or kind in CACHED  # each token sees only what stands before it, so never padding
+    return "padded" if kind in PADDED or (causal and embeds) else "equal"
+
+
+def max_positions(model, tokenizer):
+    """The longest input in tokens that a model has positions for."""
+    config = model.config.get_text_config()
+    limits = [tokenizer.model_max_length]
+    for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        limits.append(getattr(config, key, None) or math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond the original length, one long text changes all texts of its batch
+        limits.append(config.original_max_position_embeddings)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's start after the padding id
+    return min(limit for limit in limits if limit > 0)  # some say -1 for no limit
+
+
+def checked(scorer):
+    """The scorer, its LM head cut, in a layout that gives a made-up user the scores of one text at a time.
+
+    Where its own layout does not, texts run one at a time. Raises UserError where that, too, differs.
+    """
+    alone = scorer._replace(layout="equal", max_tokens=1)
+    tokens = []
+    if scorer.type == "prompt":
+        tokens = answer_tokens(scorer.tokenizer, scorer.prompt, scorer.family, scorer.chat_template)
+    [expected], _ = scores_of(alone._replace(answers=tokens), [MADE_UP_USER], {})
+    if scorer.type == "prompt":
+        cut_head(scorer.model, tokens)
+    share = 0.15 if scorer.model.dtype in (torch.bfloat16, torch.float16) else 1e-3  # of rounding, seen in real models
+    for candidate in (scorer, alone):
+        candidate = candidate._replace(answers=[0, 1])
+        [scores], _ = scores_of(candidate, [MADE_UP_USER], {})
+        if np.abs(scores - expected).max() <= share * (1 + np.abs(expected).max()):
+            return candidate
+        say(f"{scorer.name}: the layout {candidate.layout!r} changes its scores, so texts run one at a time")
+    raise UserError(f"model {scorer.name} gives NaN or other scores each time in {scorer.model.dtype}, or its LM head "
+                    "cannot be cut to two answers")
+
+
+def cut_head(model, tokens):
+    """Replace the LM head by its two rows of the answers (token ids `tokens`), in float32 at least.
+
+    The model's own forward then gives logits (..., 2), with its soft-capping, scaling and bias. bfloat16 logits would
+    tie, and ties distort AUC.
+    """
+    head = model.get_output_embeddings()
+    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    two_rows = torch.nn.Linear(head.weight.shape[1], 2, device=head.weight.device, dtype=dtype)
+    two_rows.weight.data = head.weight.data[tokens].to(dtype)
+    two_rows.bias.data.zero_()
+    if getattr(head, "bias", None) is not None:
+        two_rows.bias.data = head.bias.data[tokens].to(dtype)
+    two_rows.register_forward_pre_hook(cast_input)
+    two_rows.requires_grad_(False)
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is head:  # not set_output_embeddings: T5Gemma's changes the (tied) input embeddings, too
+            model.set_submodule(path, two_rows)
+
+
+def cast_input(module, inputs):
+    """Before a layer runs: its input in the type, and on the device, of its weights."""
+    return (inputs[0].to(module.weight),)
+
+
+NO_SENTENCE_FILES = {"subfolder": "", "pooling": None, "dense": torch.nn.Sequential(), "max_seq_length": None,
+                     "do_lower_case": False}
+
+
+def sentence_files(name, pooling):
+    """What a model's own sentence-transformers files say, by the keys of NO_SENTENCE_FILES.
+
+    pooling: of --pooling; "auto" takes the files'. Raises UserError where they name something unsupported.
+    """
+    found = {**NO_SENTENCE_FILES, "dense": torch.nn.Sequential()}
+    modules = read_model_file(name, "modules.json")
+    types = ",".join(module["type"] for module in modules)
+    own = r"sentence_transformers\.[\w.]*"  # any other is code of the model's own
+    if not re.fullmatch(f"({own}Transformer(,{own}Pooling)?(,{own}Dense)*(,{own}Normalize)?)?", types):
+        raise UserError(f"model {name} embeds through {types}, which is not supported")
+    for module in modules:  # a cosine needs no Normalize
+        kind = module["type"].rsplit(".", 1)[-1]
+        settings = read_model_file(name, f"{module['path']}/config.json".lstrip("/"))
+        if kind == "Transformer":
+            found["subfolder"] = module["path"]
+            found.update(read_model_file(name, f"{module['path']}/sentence_bert_config.json".lstrip("/")))
+        if kind == "Pooling" and pooling == "auto":
+            found["pooling"] = pooling_of(name, settings)
+        if kind == "Dense":
+            found["dense"].append(load_dense(name, module["path"], settings))
+    default = read_model_file(name, "config_sentence_transformers.json").get("default_prompt_name")
+    if default:
+        say(f"{name}: its default prompt {default!r} is not added; give it in --prompt, keys user and candidate")
+    return found if pooling == "auto" else {**found, "pooling": pooling}
+
+
+def pooling_of(name, settings):
+    """"cls", "mean" or "last", from the settings of a Pooling module, old or new. Raises UserError for any other."""
+    names = {"cls": "cls", "mean": "mean", "lasttoken": "last", "pooling_mode_cls_token": "cls",
+             "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
+    old = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    mode = settings.get("pooling_mode", "+".join(old))
+    if mode not in names:
+        raise UserError(f"model {name} pools by {mode or 'nothing'}, which is not supported: choose with --pooling")
+    return names[mode]
+
+
+def load_dense(name, path, settings):
+    """A dense layer that follows pooling (sentence-T5), with its activation; linear is its name in the weights file."""
+    from transformers.modeling_utils import load_state_dict
+    file = model_file(name, f"{path}/model.safetensors") or model_file(name, f"{path}/pytorch_model.bin")
+    dense = torch.nn.Sequential()
+    dense.linear = torch.nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
+    dense.load_state_dict(load_state_dict(file))
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh").rsplit(".", 1)[-1]
+    return dense.append(getattr(torch.nn, activation)()).requires_grad_(False)
+
+
+def model_file(name, file):
+    """The path of a file of a model folder or hub id; None where it has no such file."""
+    from transformers.utils import cached_file
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
+def read_model_file(name, file):
+    """The JSON value of a file of a model folder or hub id; {} where it has no such file."""
+    path = model_file(name, file)
+    return read_json(path) if path else {}
+
+
+def load_adapter(scorer, folder, trainable=False):
+    """The scorer with a run's LoRA adapter on its model; peft keeps adapters in float32 at least.
+
+    Raises UserError where the adapter does not fit, or where a LoRA module of the model finds no weights in its file.
+    """
+    import peft
+    try:
+        model = peft.PeftModel.from_pretrained(scorer.model, folder, is_trainable=trainable,
+                                               torch_device=str(scorer.model.device)).eval()
+        saved = set(peft.load_peft_weights(folder, device="cpu"))
+        wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {str(error)[:300]}") from None
+    if saved != wanted:  # peft would leave the model's own weights in place
+        raise UserError(f"adapter {folder} does not fit {scorer.name}: {len(wanted - saved)} weights are missing and "
+                        f"{len(saved - wanted)} unknown, such as {min(saved ^ wanted)}")
+    return scorer._replace(model=model)
+
+# ------------------------------------------------------------------------------------------------- files and flags
 
 FORMAT = 1  # version of the standard format: data/<dataset>/{items,train,valid,test}.jsonl and meta.json
 SPLITS = ("train", "valid", "test")
@@ -1187,150 +1114,79 @@ def digest(*parts):
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def write_atomically(path, text):
-    """Write text under a temporary name beside path and rename it: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half surrogates, as JSON writes them
-    os.replace(temporary, path)
+class Data(NamedTuple):
+    """A prepared dataset. A user is {"user": name, "history": [item ids, oldest first], "candidates": [item ids],
+    "labels": [0 or 1]}."""
+    name: str
+    domain: str
+    items: dict  # {item id: text}
+    first: dict  # {item id: seconds at which it first occurs in the raw data}, where that is known
+    splits: dict  # {"train", "valid", "test": users, in order}; [] where there is no such file
+    sha256: str  # of the bytes of items and splits as they were read
 
 
-def write_json(path, value):
-    """JSON, indented, atomically; NaN is refused with ValueError (it is no JSON)."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def read_dataset(data, name, *needed):
+    """The dataset `name` of the folder `data`: a Data. needed: the splits that must have users.
 
-
-def read_json(path):
-    """The JSON value of a file. Raises UserError where it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
-def read_lines(path):
-    """Yield (line number, JSON object) of a .jsonl file. Raises UserError where a line is broken."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                raise UserError(f"{path}, line {number}: not JSON") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{path}, line {number}: not a JSON object")
-            yield number, value
-
-
-def read_meta(data, name):
-    """meta.json of a prepared dataset. Raises UserError with what to do."""
-    if Path(name).name != name:
-        raise UserError(f"{name!r} is not a dataset's name: it is {Path(name).name!r}, and --data says in which folder")
-    path = Path(data, name, "meta.json")
-    if not path.exists():
-        if name not in DOMAINS:
-            raise UserError(f"unknown dataset {name!r}; there are {', '.join(DOMAINS)}; one of your own is a folder "
-                            f"{Path(data, name)} with a meta.json")
+    Raises UserError where it is not prepared or, with file and line number, where a line is wrong.
+    """
+    folder = Path(data, name)
+    if not (folder / "meta.json").exists():
         what = "demo" if name in DEMO else f"{name} --raw RAW"
-        raise UserError(f"dataset {name} is not prepared ({path} is missing); "
-                        f"run: python prepare_data.py {what} --out {data} (or is --data wrong?)")
-    meta = read_json(path)
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("domain"), str):
-        raise UserError(f'{path}: this version reads {{"format": {FORMAT}, "domain": "...", ...}}; prepare it again')
-    return meta
+        raise UserError(f"dataset {name} is not prepared ({folder / 'meta.json'} is missing): python prepare_data.py {what} "
+                        f"--out {data} makes it, if it is one of {', '.join(DOMAINS)}; or is --data wrong?")
+    meta = read_json(folder / "meta.json")
+    if meta.get("format") != FORMAT or "domain" not in meta:
+        raise UserError(f'{folder}/meta.json: this version reads {{"format": {FORMAT}, "domain": "...", ...}}')
+    content = hashlib.sha256()
+    items, first = read_items(folder / "items.jsonl", content)
+    official = meta.get("job", {}).get("from_recbench", False)  # kept letter for letter, repeats too
+    splits = {}
+    for split in SPLITS:
+        path = folder / f"{split}.jsonl"
+        splits[split] = read_users(path, items, official, content) if path.exists() else []
+        if split in needed and not splits[split]:
+            raise UserError(f"dataset {name} has no {split} users ({path}); prepare it with --test-size or --train-size")
+    return Data(name, meta["domain"], items, first, splits, content.hexdigest())
 
 
-def check_datasets(data, names, split):
-    """{name: meta.json} of datasets, each prepared and with this split; repeats are merged. Raises UserError."""
-    metas = {}
-    for name in names:
-        metas[name] = read_meta(data, name)
-        path = Path(data, name, f"{split}.jsonl")
-        if not path.exists():
-            raise UserError(f"dataset {name} has no {split} split ({path} is missing); "
-                            "prepare it with --test-size or --train-size")
-    return metas
+def read_items(path, content):
+    """({item id: text}, {item id: first}) of items.jsonl; content: a hash that is fed the bytes. Raises UserError."""
+    items, first = {}, {}
+    for number, row in read_lines(path, content):
+        item, text = row.get("id"), row.get("text")
+        if not isinstance(item, str) or not isinstance(text, str) or item in items:
+            raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, each id once')
+        items[item] = text
+        if "first" in row:
+            first[item] = row["first"]
+    return items, first
+
+
+def read_users(path, items, official, content):
+    """The users of a split. official: candidates may repeat; content: a hash that is fed the bytes. Raises UserError."""
+    users = {}
+    for number, user in read_lines(path, content):
+        try:
+            name, candidates, labels = user["user"], user["candidates"], user["labels"]
+            once = official or len(set(candidates)) == len(candidates)
+            ids_known = items.keys() >= {*user["history"], *candidates}
+            labels_fit = len(labels) == len(candidates) > 0 and {0, 1} >= set(labels)
+            right = once and ids_known and labels_fit and name not in users
+        except (KeyError, TypeError):
+            right = False
+        if not right:
+            raise UserError(f'{path}, line {number}: a user is {{"user": "...", "history": [ids], "candidates": [ids], '
+                            '"labels": [0 or 1 per candidate]}, each name once, each candidate once per user, ids as in '
+                            "items.jsonl")
+        users[name] = user
+    return list(users.values())
 
 
 def prepared(data, split):
-    """Names of the datasets in the folder data that have this split: the benchmark's, in its order, then others."""
-    found = set()
-    for path in Path(data).glob(f"[!.]*/{split}.jsonl"):  # with a dot: it is being written, see prepare_data.py
-        if path.with_name("meta.json").exists():
-            found.add(path.parent.name)
-    return [name for name in DOMAINS if name in found] + sorted(found - set(DOMAINS))
-
-
-def domains_of(metas):
-    """{dataset: domain} of the benchmark's datasets and of those with these meta.json."""
-    return {**DOMAINS, **{name: meta["domain"] for name, meta in metas.items()}}
-
-
-def data_sha256(data, name):
-    """sha256 over the items and splits of a dataset: what its results were computed from."""
-    content = hashlib.sha256()
-    for part in ("items", *SPLITS):
-        path = Path(data, name, f"{part}.jsonl")
-        if path.exists():
-            content.update(f"{part} {path.stat().st_size}\n".encode())  # where one file ends and the next begins
-            content.update(path.read_bytes())
-    return content.hexdigest()
-
-
-def read_items(data, name):
-    """Item texts of a dataset: {item id: text}. Raises UserError, naming the line."""
-    path = Path(data, name, "items.jsonl")
-    items = {}
-    for number, row in read_lines(path):
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
-            raise UserError(f'{path}, line {number}: an item is {{"id": "...", "text": "..."}}, both strings')
-        if re.search("[\ud800-\udfff]", row["text"]):  # JSON's escapes can write one
-            raise UserError(f"{path}, line {number}: the text holds half a surrogate pair, which is no character")
-        if row["id"] in items:
-            raise UserError(f"{path}, line {number}: the id {row['id']!r} is there twice")
-        items[row["id"]] = row["text"]
-    return items
-
-
-def read_users(data, name, split, limit=None):
-    """The users of a split, in order, and the texts of the dataset's items: ([user], {item id: text}).
-
-    A user is {"user": name, "history": [item ids, oldest first], "candidates": [item ids], "labels": [0 or 1]}. Each
-    line is checked as it is read. Raises UserError with file, line number and what is wrong.
-    """
-    items = read_items(data, name)
-    path = Path(data, name, f"{split}.jsonl")
-    users = []
-    for number, user in read_lines(path):
-        fault = user_fault(user, items)
-        if fault:
-            raise UserError(f"{path}, line {number}: {fault}")
-        users.append(user)
-        if len(users) == limit:
-            break
-    if not users:
-        raise UserError(f"{path} is empty: there are no users")
-    return users, items
-
-
-def user_fault(user, items):
-    """What is wrong with a user's line, None where nothing is."""
-    if not isinstance(user.get("user"), str):
-        return '"user" must be a string'
-    for key in ("history", "candidates"):
-        ids = user.get(key)
-        if not isinstance(ids, list):
-            return f'"{key}" must be a list of item ids'
-        for item in ids:
-            if not isinstance(item, str) or item not in items:
-                return f'"{key}" holds {item!r}, which is no item id of items.jsonl'
-    labels = user.get("labels")
-    if not user["candidates"] or not isinstance(labels, list) or len(labels) != len(user["candidates"]):
-        return '"labels" must hold one label per candidate, and there must be at least one candidate'
-    for label in labels:
-        if type(label) is not int or label not in (0, 1):
-            return f"a label is 0 or 1, not {json.dumps(label)}"
-    return None
+    """Names of the datasets in the folder data that have this split, sorted."""
+    found = Path(data).glob(f"[!.]*/{split}.jsonl")  # with a dot: it is being written, see prepare_data.py
+    return sorted(path.parent.name for path in found if path.with_name("meta.json").exists())
 
 
 def items_of(users):
@@ -1346,40 +1202,51 @@ def count_long_texts(users, items):
     return sum(len(items[item]) > TEXT_LIMIT for item in items_of(users))
 
 
-def folder_sha256(folder, pattern="**/*"):
-    """A hash of a folder's files, so that another content under an old name is noticed: names, sizes, samples.
+def write_atomically(path, text):
+    """Write text under a name of this process beside path and rename it: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # half surrogates, as JSON writes them
+    os.replace(temporary, path)
 
-    Of a file of a megabyte or less all is read, of a larger one 64 places: retraining changes all of them, an edit of
-    some weights may go unseen.
+
+def write_json(path, value):
+    """JSON, indented, atomically; NaN is refused with ValueError (it is no JSON)."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """The JSON object of a file. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def read_lines(path, content=None):
+    """Yield (line number, JSON object) of a .jsonl file. Raises UserError where a line is broken.
+
+    content: a hash that is fed the bytes as they are read, if given.
     """
-    content = hashlib.sha256()
-    for path in sorted(Path(folder).glob(pattern)):
-        if path.is_file() and "__pycache__" not in path.parts:
-            size = path.stat().st_size
-            content.update(f"{path.relative_to(folder)} {size}\n".encode())
-            with open(path, "rb") as file:
-                for part in range(64):  # of 16 KiB
-                    file.seek(size * part // 64)
-                    content.update(file.read(2**14))
-    return content.hexdigest()
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if content:
+                content.update(line)
+            try:
+                yield number, dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(f"{path}, line {number}: not a JSON object") from None
 
 
-def adapter_identity(run):
-    """What identifies the adapter of a finetune.py run in a job; None without one."""
-    return folder_sha256(run, "adapter_*") if run else None
-
-
-def model_identity(model):
-    """What identifies a model in a job: a hub id, or the hash of a local folder, which may move."""
-    name = model_name(model)
-    return f"sha256 {folder_sha256(name)}" if Path(name).is_dir() else name
+# Every output holds the job that it was made of: arguments, data, model, adapter. So a killed run continues by the same
+# command, a finished one is not run again, and no result is taken for another's.
 
 
 def job_of(args, ignored):
-    """What an output is made of: a dict of the arguments, with what the prompt, the dtype and the model are in the end.
+    """The job of an output, but for data and adapter: arguments, with what the prompt, the dtype and the model are.
 
-    Left out are arguments that change nothing or no more than rounding, those named here and in `ignored`. What is in
-    the folder --data changes results: callers add its data_sha256.
+    Left out are arguments that change nothing or no more than rounding, those named here and in `ignored`.
     """
     ignored = ("data", "out", "device", "overwrite", "trust_remote_code", "max_tokens", *ignored)
     job = {key: value for key, value in vars(args).items() if key not in ignored}
@@ -1389,33 +1256,52 @@ def job_of(args, ignored):
     return job
 
 
-def job_in(path):
-    """The "job" in an output (.jsonl: in its first line); {} where another program wrote it, None without a file."""
-    if not Path(path).exists():
+def model_identity(model):
+    """What identifies a model in a job: a hub id or, of a local folder, its config, weight and tokenizer files."""
+    name = model_name(model)
+    if not Path(name).is_dir():
+        return name
+    files = {}
+    for pattern in ("config.json", "*.safetensors", "*.bin", "*.model", "tokenizer*", "vocab*"):
+        for path in sorted(Path(name).glob(pattern)):
+            files[path.name] = [path.stat().st_size, int(path.stat().st_mtime)]
+    return files
+
+
+def adapter_identity(run):
+    """What identifies the adapter of a finetune.py run in a job: a hash of its weights; None without one."""
+    if not run:
         return None
-    with open(path, "rb") as file:
-        text = file.readline() if Path(path).suffix == ".jsonl" else file.read()
-    try:
-        return dict(json.loads(text)["job"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    with open(Path(run, "adapter_model.safetensors"), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def job_status(path, job, found, finished):
-    """What to do about an output at `path`: "start", "continue" or "finished".
+def is_there(path, job, overwrite=False):
+    """Whether the output file `path` is there, made by this very job; with overwrite, nothing counts as there.
 
-    found: what job_in gives for what stands there. Raises UserError where that is another job, or none.
+    The job stands under "job" in a .json or .pt file, or in the first line of a .jsonl file. Raises UserError where the
+    file was made by another job, or cannot be read.
     """
-    if found is None:
-        return "start"
-    if not found:
-        raise UserError(f"{path} was not made by this script, or parts of it are gone or edited: "
-                        "choose another --out or give --overwrite")
-    changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
+    path = Path(path)
+    if overwrite or not path.exists():
+        return False
+    try:
+        if path.suffix == ".pt":
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".jsonl":
+            _, content = next(read_lines(path))
+        else:
+            content = read_json(path)
+        found = content["job"]
+        changed = [key for key in {**job, **found} if job.get(key) != found.get(key)]
+    except Exception:  # another program's, or damaged
+        changed = ["program, or damaged since"]
     if changed:
-        raise UserError(f"{path} was made with a different {', '.join(changed)}: "
-                        "choose another --out or give --overwrite")
-    return "finished" if finished else "continue"
+        raise UserError(f"{path} was made with another {', '.join(changed)}: choose another --out or give --overwrite")
+    return True
+
+
+MERGE = "one made elsewhere has to be merged into its base model (peft's merge_and_unload), saved and given as --model"
 
 
 def read_run(folder, args):
@@ -1424,10 +1310,10 @@ def read_run(folder, args):
     Raises UserError where the run is unfinished or of another model or type.
     """
     if not folder:
-        return {"train_chain": [], "valid_chain": [], "domains": {}}
+        return {"train_chain": [], "valid_chain": [], "domains": {}, "beats_base": True}
     path = Path(folder, "run.json")
-    if not job_in(path):
-        raise UserError(f"{folder} holds no finished run of finetune.py (run.json is missing or of another program)")
+    if not path.exists():
+        raise UserError(f"{folder} holds no finished adapter of finetune.py ({path} is missing); {MERGE}")
     run = read_json(path)
     if run["job"]["model"] != model_identity(args.model) or run["type"] != args.type:
         raise UserError(f"{folder} is an adapter for --model {run['model']} --type {run['type']}, not for "
@@ -1438,20 +1324,12 @@ def read_run(folder, args):
 def versions():
     """The versions that a result was made with."""
     from importlib.metadata import version
-    packages = ("torch", "transformers", "peft", "numpy")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    return {package: version(package) for package in ("torch", "transformers", "peft", "numpy")}
 
 
-def peak_memory_gb(device):
-    """Peak memory in GB: on a GPU since the model was loaded, else of this process; None on Windows."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS says bytes, others KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def peak_memory_gb():
+    """Peak memory of the GPU in GB since the model was loaded; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 
 def markdown_table(rows):
@@ -1460,8 +1338,7 @@ def markdown_table(rows):
     rule = ["-" * width for width in widths]
     lines = []
     for row in [rows[0], rule, *rows[1:]]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(map(str.ljust, row, widths)) + " |")
     return "\n".join(lines)
 
 
@@ -1471,61 +1348,39 @@ def say(message):
         tqdm.write(message, file=sys.stderr)
 
 
-def whole_number(text, least=0):
-    """An int from `least` on, below 2**31, for argparse."""
-    if not text.isdecimal() or not least <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} (and below 2**31)")
+def positive_int(text):
+    """An int of at least 1, for argparse."""
+    if int(text) < 1:
+        raise ValueError
     return int(text)
 
 
-def positive_number(text):
-    """An int of at least 1, for argparse."""
-    return whole_number(text, 1)
-
-
-def output_folder(text):
-    """A path to write a folder to, for argparse."""
-    if Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file, and a folder is needed")
-    return text
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help shows the script's docstring as it stands, and the defaults of the flags that have one."""
-
-    def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (UserError) and whose help is the script's docstring."""
-
-    def __init__(self, doc, script=None):
-        super().__init__(prog=script, description=doc, formatter_class=Help, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{self.prog}: {message} (see --help)")
+def argument_parser(doc):
+    """argparse with a script's docstring as its help, and no abbreviated flags."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   allow_abbrev=False)
 
 
 def shared_arguments(parser):
-    """The flags that finetune.py, evaluate.py and transfer_matrix.py share."""
+    """The flags that finetune.py and evaluate.py share; transfer_matrix.py passes them on."""
     add = parser.add_argument_group("shared flags").add_argument
-    add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (its --out)")
+    add("--data", default="data", metavar="DIR", help="folder that prepare_data.py wrote (default: %(default)s)")
     add("--type", choices=["prompt", "embed"], default="prompt",
-        help="score by the Yes/No logits of a prompt or by the cosine of embeddings")
+        help="score by the Yes/No logits of a prompt (default) or by the cosine of embeddings")
     add("--prompt", metavar="FILE", help="JSON file with wording of your own; keys as in PROMPT in common.py")
     add("--chat-template", action="store_true", help="wrap prompts in the tokenizer's chat template")
     add("--pooling", choices=["auto", "cls", "mean", "last"], default="auto",
-        help="embedding of a text: its first token, the mean over tokens, or its last token; auto: as the model's own "
-             "files say, else last for decoder-only models and mean for others")
-    add("--seed", type=whole_number, metavar="N", default=2025, help="seed of everything random")
-    add("--device", help="cpu, cuda, cuda:1, ... (if not given: CUDA where available)")
+        help="embedding of a text: its first token, the mean over tokens, or its last token; auto (default): as the "
+             "model's own files say, else last for decoder-only models and mean for others")
+    add("--seed", type=int, metavar="N", default=2025, help="seed of everything random (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU); auto: scoring only, the layers of "
+        "one model over all GPUs")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16", "float64"], default="auto",
-        help="of the model's weights; auto: bfloat16 on CUDA, float32 elsewhere")
-    add("--max-length", type=positive_number, metavar="TOKENS", default=1024,
-        help="tokens per text, at most; histories are cut to it, oldest items first")
-    add("--max-tokens", type=positive_number, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs "
-        "out (if not given: 8192, on a CPU 1024, where more would leave its cache)")
+        help="of the model's weights; auto (default): bfloat16 on a GPU, float32 elsewhere")
+    add("--max-length", type=positive_int, metavar="TOKENS", default=1024,
+        help="tokens per text, at most (default: %(default)s); histories are cut to it, oldest items first")
+    add("--max-tokens", type=positive_int, metavar="TOKENS", help="tokens per forward pass; lower it if memory runs out "
+        "(default: 8192; on a CPU 1024, where more would leave its cache)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     add("--overwrite", action="store_true", help="start over and replace what is there")
 

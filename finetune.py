@@ -29,85 +29,84 @@ from common import UserError, say
 
 CHUNK_SIZE = 10  # candidates of one user that stay together in shuffling, to share a packed row
 UNSTABLE = 0.05  # training is unstable where the validation metric falls by more from one evaluation to the next
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # peft's format
 
 
 def arguments(argv):
-    parser = common.Parser(__doc__, "finetune.py")
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help=f"hub id, local folder or a short name: {', '.join(common.MODELS)}")
     add("--train", nargs="+", required=True, metavar="DATASET", help="datasets to train on, joined and shuffled")
-    add("--out", required=True, type=common.output_folder, metavar="RUN", help="folder for the run")
-    add("--valid", nargs="+", metavar="DATASET", help="datasets to validate on (if not given: those of --train)")
+    add("--out", required=True, metavar="RUN", help="folder for the run")
+    add("--valid", nargs="+", metavar="DATASET", help="datasets to validate on (default: those of --train)")
     add("--valid-metric", choices=common.METRIC_NAMES, default="auc",
-        help="metric of early stopping, the mean over datasets")
-    add("--init-adapter", metavar="RUN", help="continue from the adapter of an earlier run (sequential fine-tuning)")
-    add("--lora-r", type=common.positive_number, default=32, help="rank")
-    add("--lora-alpha", type=common.positive_number, default=128, help="scale of the update: alpha / rank")
-    add("--lora-dropout", type=float, default=0.1, help="probability")
-    add("--lora-targets", nargs="+", metavar="MODULE", help="modules to adapt, or all-linear (if not given: peft's "
-        "choice for the architecture, such as q_proj and v_proj)")
-    add("--lr", type=float, default=1e-4, help="learning rate of Adam")
-    add("--batch-size", type=common.positive_number, default=32, help="samples per step, over all processes")
-    add("--epochs", type=common.positive_number, default=10, help="passes over the training samples, at most")
-    add("--patience", type=common.positive_number, default=2,
-        help="stop after this many evaluations without a new best")
-    add("--eval-every", type=common.positive_number, metavar="STEPS",
-        help="steps between evaluations; an epoch if not given")
+        help="metric of early stopping, the mean over datasets (default: %(default)s)")
+    add("--init-adapter", metavar="RUN", help="continue from the adapter of an earlier run, with its LoRA shape")
+    add("--lora-r", type=common.positive_int, default=32, help="rank (default: %(default)s)")
+    add("--lora-alpha", type=int, default=128, help="scale of the update: alpha / rank (default: %(default)s)")
+    add("--lora-dropout", type=float, default=0.1, help="probability (default: %(default)s)")
+    add("--lora-targets", nargs="+", metavar="MODULE", help="modules to adapt, or all-linear (default: peft's choice for "
+        "the architecture, such as q_proj and v_proj, else all-linear)")
+    add("--lr", type=float, default=1e-4, help="learning rate of Adam (default: %(default)s)")
+    add("--batch-size", type=common.positive_int, default=32,
+        help="samples per step, over all processes (default: %(default)s)")
+    add("--epochs", type=common.positive_int, default=10,
+        help="passes over the training samples, at most (default: %(default)s)")
+    add("--patience", type=common.positive_int, default=2,
+        help="stop after this many evaluations without a new best (default: %(default)s)")
+    add("--eval-every", type=common.positive_int, metavar="STEPS", help="steps between evaluations (default: an epoch)")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)
-    args.train = list(dict.fromkeys(args.train))
-    args.valid = list(dict.fromkeys(args.valid or args.train))
-    if not 0 < args.lr < math.inf or not 0 <= args.lora_dropout < 1:
-        raise UserError("--lr is a positive number, --lora-dropout at least 0 and below 1")
-    if args.dtype == "float16":
-        raise UserError("--dtype float16 needs loss scaling to train, which is not done here: bfloat16 or float32")
-    for source in (args.model, args.init_adapter):
-        if source and Path(source).resolve() == Path(args.out).resolve():
-            raise UserError(f"--out is {source}, from which the run starts: choose another")
+    args.valid = args.valid or args.train
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
     join_processes(args)
-    chain = chain_of(args)
-    adopt_lora_shape(args)
-    # for the report, but now: a meta.json that is broken should not stop it after hours
-    test_sets = common.check_datasets(args.data, common.prepared(args.data, "test"), "test")
-    job = job_of(args)
-    status, state = status_of(args, job)
-    if status == "finished":
+    run = common.read_run(args.init_adapter, args)
+    datasets = read_datasets(args)
+    job = job_of(args, datasets)
+    state_path, run_path = Path(args.out, "state.pt"), Path(args.out, "run.json")
+    state = None
+    if common.is_there(state_path, job, args.overwrite):
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+    elif common.is_there(run_path, job, args.overwrite):
         say(f"{args.out} is finished already; --overwrite runs it again")
         return
 
     torch.manual_seed(args.seed)  # for LoRA's first weights: loading draws, too, but the same in every process
     scorer = add_lora(args, common.load_scorer(args))
-    train, truncated = read_train(args, scorer)
-    valid = read_valid(args)
+    train, truncated = encode_train(args, scorer, datasets)
+    valid = {}
+    for name in args.valid:
+        valid[name] = [common.with_texts(user, datasets[name].items) for user in datasets[name].splits["valid"]]
+        if name not in args.train:
+            say(f"validating on {name}, which --train does not name: its labels choose the checkpoint")
     state = fine_tune(args, scorer, train, valid, state, job)
 
-    run = {
-        "model": scorer.name,
-        "type": args.type,
-        "train": args.train,
-        "valid": args.valid,
-        **chain,
-        "steps": state["steps"],
-        "samples": state["samples"],
-        "seconds": state["seconds"],
-        "best": state["best"],
-        "curve": state["curve"],
-        "beats_base": state["best"]["step"] > 0,
-        "unstable": unstable(state["curve"]),
-        "truncated": truncated,
-        "job": job,
-        "arguments": vars(args),
-        "versions": common.versions()}
-    if processes()[0] == 0:
-        save_run(args, scorer, run)
-        report(args, run, test_sets)
+    if rank_and_world()[0] == 0:
+        domains = {**run["domains"], **{name: datasets[name].domain for name in args.train}}
+        save_run(args, scorer, {
+            "model": scorer.name,
+            "type": args.type,
+            "train": args.train,
+            "valid": args.valid,
+            "train_chain": list(dict.fromkeys(run["train_chain"] + args.train)),  # with the runs of --init-adapter
+            "valid_chain": list(dict.fromkeys(run["valid_chain"] + args.valid)),
+            "domains": domains,
+            "steps": state["steps"],
+            "samples": state["samples"],
+            "seconds": state["seconds"],
+            "best": state["best"],
+            "curve": state["curve"],
+            "beats_base": state["best"]["step"] > 0,
+            "unstable": unstable(state["curve"]),
+            "truncated": truncated,
+            "job": job,
+            "arguments": vars(args),
+            "versions": common.versions()})
+        report(args, state)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -121,12 +120,12 @@ def fine_tune(args, scorer, train, valid, state, job):
     was killed, or None.
     """
     parameters = trained_parameters(scorer)
-    optimizer = torch.optim.Adam(parameters, lr=args.lr)
+    optimizer = torch.optim.Adam(parameters, lr=args.lr)  # without weight decay or schedule, as the paper's
     steps_per_epoch = math.ceil(sum(len(labels) for _, labels in train) / args.batch_size)
     last_step = steps_per_epoch * args.epochs
     eval_every = args.eval_every or steps_per_epoch
     if state is None:
-        state = {
+        state = {  # all that changes; saved as it is, so a restart knows everything
             "steps": 0,
             "samples": 0,
             "seconds": 0.0,  # of steps, without validation
@@ -134,7 +133,7 @@ def fine_tune(args, scorer, train, valid, state, job):
             "log": [],  # the lines of log.jsonl: of every step and evaluation
             "best": None,  # point of the curve
             "best_parameters": None,
-            "evaluations_since_best": 0}
+            "evaluations_since_best": 0}  # early stopping counts these
         record(args, state, parameters, validate(args, scorer, valid))  # the start, which training must beat
     else:
         set_parameters(parameters, state["parameters"])
@@ -143,7 +142,7 @@ def fine_tune(args, scorer, train, valid, state, job):
     save_state(args, state, parameters, optimizer, job)  # also after a restart: log.jsonl may lag behind state.pt
 
     batches = None
-    rank, _ = processes()
+    rank, _ = rank_and_world()
     progress = tqdm(total=last_step, initial=state["steps"], desc="fine-tuning", unit="step", disable=rank > 0)
     while state["steps"] < last_step and state["evaluations_since_best"] < args.patience:
         epoch, number = divmod(state["steps"], steps_per_epoch)
@@ -154,7 +153,7 @@ def fine_tune(args, scorer, train, valid, state, job):
         started = time.perf_counter()
         loss, tokens = train_step(scorer, optimizer, train, batch)
         seconds = time.perf_counter() - started
-        if not math.isfinite(loss):
+        if not math.isfinite(loss):  # Adam never recovers from a NaN
             raise UserError(f"the loss is {loss} after {state['steps']} steps: lower --lr (now {args.lr:g})")
         state["steps"] += 1
         state["samples"] += len(batch)
@@ -165,14 +164,14 @@ def fine_tune(args, scorer, train, valid, state, job):
             "loss": loss,
             "samples_per_s": len(batch) / seconds,
             "tokens_per_s": tokens / seconds,
-            "peak_memory_gb": common.peak_memory_gb(scorer.model.device)})
+            "peak_memory_gb": common.peak_memory_gb()})
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
         progress.update()
-        if state["steps"] % eval_every == 0 or state["steps"] == last_step:
+        if state["steps"] % eval_every == 0 or state["steps"] == last_step:  # the last steps count, too
             record(args, state, parameters, validate(args, scorer, valid))
             save_state(args, state, parameters, optimizer, job)
     progress.close()
-    set_parameters(parameters, state["best_parameters"])
+    set_parameters(parameters, state["best_parameters"])  # not the last: it may have overfitted
     return state
 
 
@@ -194,7 +193,7 @@ def epoch_batches(train, seed, epoch, batch_size):
     Candidates are shuffled within users and cut into chunks, then the chunks are shuffled: a batch mixes users, yet
     most of its samples share their history, so packing pays.
     """
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([seed, epoch])  # of the epoch alone: a restart shuffles the same
     chunks = []
     for user, (_, labels) in enumerate(train):
         order = rng.permutation(len(labels)).tolist()
@@ -212,16 +211,14 @@ def train_step(scorer, optimizer, train, batch):
     The loss is a sum over samples divided by the size of the batch, so the gradient is the same for any packing, split
     by --max-tokens or number of processes (dropout aside, which differs).
     """
-    rank, world = processes()
-    share = batch[len(batch) * rank // world:len(batch) * (rank + 1) // world]
+    rank, world = rank_and_world()
+    share = batch[len(batch) * rank // world:len(batch) * (rank + 1) // world]  # sizes differ by one at most
     losses = embed_losses if scorer.type == "embed" else prompt_losses
-    scorer.model.train()
+    scorer.model.train()  # dropout on; validate switches it off
     optimizer.zero_grad()
     mean_loss, total_tokens = 0.0, 0
     for loss, tokens in losses(scorer, by_user(train, share)):  # part by part, to save memory
-        if not loss.requires_grad:
-            raise UserError("nothing to train: the scores do not depend on the adapted modules; see --lora-targets")
-        share_of_mean = loss / len(batch)
+        share_of_mean = loss / len(batch)  # of the whole batch, whatever part or process this is
         share_of_mean.backward()  # adds to the gradients
         mean_loss += share_of_mean.item()
         total_tokens += tokens
@@ -239,9 +236,9 @@ def by_user(train, samples):
     for user, candidate in samples:
         ids, labels = train[user]
         first = len(ids) - len(labels)  # of the candidates' texts: 0, or 1 after the history (embeddings)
-        own_ids, own_labels = users.setdefault(user, (ids[:first], []))
-        own_ids.append(ids[first + candidate])
-        own_labels.append(labels[candidate])
+        chosen_ids, chosen_labels = users.setdefault(user, (ids[:first], []))
+        chosen_ids.append(ids[first + candidate])
+        chosen_labels.append(labels[candidate])
     return list(users.values())
 
 
@@ -257,6 +254,7 @@ def prompt_losses(scorer, users):
     rows = common.rows_of(scorer, [ids for ids, _ in users])
     for part in common.fill_batches(scorer, rows):
         scores = common.score_rows(scorer, part)
+        # of P(yes) = softmax over the two logits = sigmoid of their difference
         loss = binary_cross_entropy_with_logits(scores, labels[common.indices_of(part)], reduction="sum")
         yield loss, sum(map(common.row_length, part))
 
@@ -291,14 +289,14 @@ def embed_losses(scorer, users):
 
 def validate(args, scorer, valid):
     """{dataset: validation metric}. Each process scores its share of the users."""
-    rank, world = processes()
+    rank, world = rank_and_world()
     scorer.model.eval()
     result = {}
     for name, users in valid.items():
-        share = users[rank::world]
-        scores, known = [], {}
+        share = users[rank::world]  # metrics know no order of users, so any share will do
+        scores, embeddings = [], {}
         for start in tqdm(range(0, len(share), 64), desc=f"validating on {name}", leave=False, disable=rank > 0):
-            more, _ = common.scores_of(scorer, share[start:start + 64], known)
+            more, _ = common.scores_of(scorer, share[start:start + 64], embeddings)
             scores += more
         labels = [np.array(user["labels"]) for user in share]
         scored = gather(list(zip(scores, labels)))
@@ -315,6 +313,7 @@ def record(args, state, parameters, by_dataset):
     state["evaluations_since_best"] += 1
     if state["best"] is None or mean > state["best"]["mean"]:
         state["best"] = point
+        # a copy: training goes on to change the parameters themselves
         state["best_parameters"] = [parameter.detach().cpu().clone() for parameter in parameters]
         state["evaluations_since_best"] = 0
     state["curve"].append(point)
@@ -332,53 +331,26 @@ def unstable(curve):
 # ---------------------------------------------------------------------------------------------------- data and adapter
 
 
-def chain_of(args):
-    """What the adapter will have seen, with the runs that --init-adapter continues: datasets and their domains.
-
-    Raises UserError where a dataset or the earlier run is missing.
-    """
-    earlier = common.read_run(args.init_adapter, args)
-    metas = common.check_datasets(args.data, args.train, "train")
-    common.check_datasets(args.data, args.valid, "valid")
-    domains = earlier["domains"]
-    for name, meta in metas.items():
-        domains[name] = meta["domain"]
-    return {
-        "train_chain": list(dict.fromkeys(earlier["train_chain"] + args.train)),  # none twice
-        "valid_chain": list(dict.fromkeys(earlier["valid_chain"] + args.valid)),
-        "domains": domains}
+def read_datasets(args):
+    """{name: common.Data} of --train and --valid. Raises UserError where one is not prepared."""
+    datasets = {}
+    for name in [*args.train, *args.valid]:
+        needed = [split for split, names in (("train", args.train), ("valid", args.valid)) if name in names]
+        datasets[name] = common.read_dataset(args.data, name, *needed)
+    return datasets
 
 
-def adopt_lora_shape(args):
-    """Put the shape of the adapter of --init-adapter into the LoRA flags: job and run.json say what is trained."""
-    if args.init_adapter:
-        shape = common.read_json(Path(args.init_adapter, ADAPTER_FILES[0]))
-        args.lora_r, args.lora_alpha, args.lora_dropout = shape["r"], shape["lora_alpha"], shape["lora_dropout"]
-        args.lora_targets = shape["target_modules"]
-
-
-def read_valid(args):
-    """{dataset: validation users, with texts}."""
-    valid = {}
-    for name in args.valid:
-        users, items = common.read_users(args.data, name, "valid")
-        valid[name] = [common.with_texts(user, items) for user in users]
-        if name not in args.train:
-            say(f"validating on {name}, which --train does not name: its labels choose the checkpoint")
-    return valid
-
-
-def read_train(args, scorer):
+def encode_train(args, scorer, datasets):
     """The training users, [(token ids of their texts, labels)], and what was cut, {"texts": n, "histories": n}.
 
     Texts: a prompt per candidate or, for embeddings, the history and then each candidate. Histories are cut here, alike
     for all candidates of a user, as evaluate.py cuts them.
     """
     train, truncated = [], {"texts": 0, "histories": 0}
-    for name in args.train:
-        users, items = common.read_users(args.data, name, "train")
+    for name in dict.fromkeys(args.train):
+        users, items = datasets[name].splits["train"], datasets[name].items
         truncated["texts"] += common.count_long_texts(users, items)
-        for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=processes()[0] > 0):
+        for user in tqdm(users, desc=f"tokenising {name}", unit="user", disable=rank_and_world()[0] > 0):
             user = common.with_texts(user, items)
             ids, dropped = common.encode_user(scorer, user)
             if args.type == "embed":
@@ -394,46 +366,27 @@ def read_train(args, scorer):
 def add_lora(args, scorer):
     """The scorer with a LoRA adapter to train: a new one, or that of --init-adapter. Raises UserError if none fits."""
     import peft
+    if scorer.layout == "cached":
+        scorer = scorer._replace(layout="equal")  # a cache takes no gradient
     if args.gradient_checkpointing:
         scorer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.init_adapter:
-        say(f"LoRA as in {args.init_adapter}: rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout}")
+        say(f"LoRA as in {args.init_adapter}: the LoRA flags have no effect")
         return common.load_adapter(scorer, args.init_adapter, trainable=True)
-    targets = args.lora_targets or default_targets(scorer)
+    peft_choice = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = args.lora_targets or peft_choice.get(scorer.model.config.model_type, "all-linear")
     if targets == ["all-linear"]:
         targets = "all-linear"  # peft takes this one as a string
+    say(f"LoRA on {targets}")
+    names = [name for name, _ in scorer.model.named_modules()]
+    for target in args.lora_targets or []:
+        found = [name for name in names if f".{name}".endswith(f".{target}")]
+        if not found and target != "all-linear":  # peft is content if one of several is found
+            raise UserError(f"--lora-targets: no module of {scorer.name} is called {target}")
     config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
                              target_modules=targets)
-    try:
-        model = peft.get_peft_model(scorer.model, config).eval()
-    except ValueError as error:
-        raise UserError(f"LoRA on {targets} of {scorer.name}: {error}; choose other --lora-targets") from None
-    for target in args.lora_targets or []:
-        adapted = [name for name in model.targeted_module_names if f".{name}".endswith(f".{target}")]
-        if not adapted and targets != "all-linear":
-            raise UserError(f"--lora-targets: no module of {scorer.name} is called {target}")
-    if args.type == "prompt" and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
-        raise UserError("--lora-targets names the LM head, which has only the rows of the two answers here")
+    model = peft.get_peft_model(scorer.model, config).eval()
     return scorer._replace(model=model)
-
-
-def default_targets(scorer):
-    """Names of the modules to adapt: peft's choice for the architecture, such as q_proj and v_proj, as the authors'.
-
-    Where peft has none, all linear layers; of a mixture of experts those of attention, since experts take no dropout.
-    """
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as peft_choice
-    model_type = scorer.model.config.model_type
-    if model_type in peft_choice:
-        return peft_choice[model_type]
-    experts, attention = False, set()
-    for path, module in scorer.model.named_modules():
-        experts = experts or "experts" in path
-        if isinstance(module, torch.nn.Linear) and ("attn" in path or "attention" in path):
-            attention.add(path.split(".")[-1])
-    targets = sorted(attention) if experts else ["all-linear"]
-    say(f"peft names no LoRA targets for {model_type}: adapting {', '.join(targets)}")
-    return targets
 
 # ---------------------------------------------------------------------------------------------------- the run's folder
 
@@ -441,46 +394,24 @@ def default_targets(scorer):
 # killed at any moment continues, and the adapter and run.json that --overwrite replaces stay until then.
 
 
-def job_of(args):
+def job_of(args, datasets):
     """What a run is made of: a folder made by another job is not continued."""
     job = common.job_of(args, ("gradient_checkpointing",))
     job["init_adapter"] = common.adapter_identity(args.init_adapter)
-    job["data_sha256"] = {}
-    for name in sorted({*args.train, *args.valid}):
-        job["data_sha256"][name] = common.data_sha256(args.data, name)
+    job["data_sha256"] = {name: data.sha256 for name, data in datasets.items()}
     return job
-
-
-def status_of(args, job):
-    """(common.job_status of what stands in --out; where that is "continue", the state of the killed run, else None)."""
-    if args.overwrite:
-        return "start", None
-    path = Path(args.out, "state.pt")
-    if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            found = dict(state["job"])
-        except Exception as error:
-            raise UserError(f"{path} is damaged ({str(error)[:100]}): start again with --overwrite") from None
-        return common.job_status(args.out, job, found, finished=False), state
-    found = common.job_in(Path(args.out, "run.json"))
-    if found is None and Path(args.out, ADAPTER_FILES[0]).exists():
-        found = {}  # somebody else's adapter
-    return common.job_status(args.out, job, found, finished=True), None
 
 
 def save_state(args, state, parameters, optimizer, job):
     """Write state.pt, all that a killed run needs to end as one never killed, and log.jsonl, from the state."""
-    if processes()[0] > 0:
+    if rank_and_world()[0] > 0:
         return
     saved = {**state, "job": job, "parameters": parameters, "optimizer": optimizer.state_dict()}
     path = Path(args.out, "state.pt")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.save(saved, f"{path}.tmp")
-    except RuntimeError as error:  # so torch reports a full disk
-        raise UserError(f"{path} cannot be written: {error}") from None
-    os.replace(f"{path}.tmp", path)
+    torch.save(saved, temporary)
+    os.replace(temporary, path)
     lines = [json.dumps(line) + "\n" for line in state["log"]]
     common.write_atomically(Path(args.out, "log.jsonl"), "".join(lines))
 
@@ -488,31 +419,28 @@ def save_state(args, state, parameters, optimizer, job):
 def save_run(args, scorer, run):
     """Write the adapter in peft's format and, when it is whole, run.json."""
     config = scorer.model.peft_config["default"]
-    config.target_modules = sorted(config.target_modules)  # peft keeps a set: the order, and so the file, would vary
-    temporary = Path(args.out, "adapter.tmp")
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # peft keeps a set: its order, so the file's, would vary
+    temporary = Path(args.out, f"adapter.{os.getpid()}.tmp")
     scorer.model.save_pretrained(temporary, save_embedding_layers=False)
     Path(args.out, "run.json").unlink(missing_ok=True)  # the old run's: from here on the new one replaces it
-    for name in ADAPTER_FILES:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         os.replace(temporary / name, Path(args.out, name))
     shutil.rmtree(temporary)
     common.write_json(Path(args.out, "run.json"), run)
-    Path(args.out, "state.pt").unlink()
+    for path in Path(args.out).glob("state.pt*"):  # with what killed runs have left half written
+        path.unlink()
 
 
-def report(args, run, test_sets):
-    """The last lines on the terminal: how the run went and which of the settings it is."""
-    best, speed = run["best"], run["samples"] / run["seconds"]
-    print(f"{args.out}: best {args.valid_metric} {best['mean']:.4f} at step {best['step']} of {run['steps']}; "
-          f"{run['samples']} samples in {run['seconds']:.0f} s ({speed:.0f} samples/s)")
-    if not run["beats_base"]:
+def report(args, state):
+    """The last lines on the terminal: how the run went."""
+    best, speed = state["best"], state["samples"] / state["seconds"]
+    print(f"{args.out}: best {args.valid_metric} {best['mean']:.4f} at step {best['step']} of {state['steps']}; "
+          f"{state['samples']} samples in {state['seconds']:.0f} s ({speed:.3g} samples/s)")
+    if best["step"] == 0:
         print("no evaluation beat the one before the first step: the saved adapter is the initial one")
-    if run["unstable"]:
+    if unstable(state["curve"]):
         print(f"unstable training: validation fell by more than {UNSTABLE} between evaluations; try a lower --lr")
-    domains = {**common.domains_of(test_sets), **run["domains"]}
-    for letter, meaning in common.SETTINGS.items():
-        names = [name for name in test_sets if common.setting_of(run["train_chain"], name, domains) == letter]
-        if names:
-            print(f"setting {letter} for {', '.join(names)} ({meaning})")
 
 # --------------------------------------------------------------------------------------------------- several processes
 
@@ -523,16 +451,13 @@ def join_processes(args):
         return
     cuda = torch.cuda.is_available() and not (args.device or "").startswith("cpu")
     if cuda:
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:
-            raise UserError(f"torchrun starts {here} processes here, each for a GPU of its own, and there are {gpus}")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if cuda else "gloo")
 
 
-def processes():
-    """(rank of this process, number of processes)."""
+def rank_and_world():
+    """(rank of this process, number of processes): torchrun's words."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
