@@ -1,22 +1,24 @@
-"""Samples/s of scoring, embeddings and training: one at a time, batched and packed, with the same weights.
+"""Samples/s of scoring, embeddings and training: one at a time, batched and shared, with the same weights.
 
     python tests/bench.py                                                        (a 40M-parameter Llama, two minutes)
+    python tests/bench.py --shape gemma3 --only score                            (attention windows of 64 tokens, packed)
+    python tests/bench.py --shape hybrid --only score                            (LFM2: convolutions, a prefix cache)
     python tests/bench.py --shape llama3-8b --dtype bfloat16 --device cuda --users 64
 
 Weights and titles are random; nothing is downloaded. One JSON line per case; its max_abs_diff compares the results:
     score, candidates  one_at_a_time: one prompt per forward pass, the logits of every position and word;
-                       batched: score_prompts without packing; packed: score_prompts
+                       batched: score_prompts, a row per prompt; shared: score_prompts in the layout of the model's type
     embed              one_at_a_time: each distinct text by itself through the whole language model;
-                       batched: both texts of every sample; packed: score_embeddings, each distinct text once
+                       batched: both texts of every sample; shared: score_embeddings, each distinct text once
     train              a step on 32 samples without dropout. one_at_a_time: as in score; padded: all 32 prompts in one
-                       padded batch with every logit; batched, packed: train_step. Compared are gradients, as a share of
+                       padded batch with every logit; batched, shared: train_step. Compared are gradients, as a share of
                        the largest
-    train_all          the same step on all samples, packed alone: forward passes of --max-tokens, as far as they fill
-A rate of 0 did not fit into the GPU's memory. peak_memory_gb: of `packed`, with the weights; on a CPU of the process.
-matmul_share = counted operations / seconds of `packed` / rate of a large matrix product of the same dtype (gflops).
+    train_all          the same step on all samples, shared alone: forward passes of --max-tokens, as far as they fill
+A rate of 0 did not fit into the GPU's memory. peak_memory_gb: of `shared` on a GPU, with the weights.
+matmul_share = counted operations / seconds of `shared` / rate of a large matrix product of the same dtype (gflops).
 Counted are 2 for each weight of the decoder's layers and token, padding left out, and 4 x width for each pair of tokens
 of which one sees the other. A training step adds as much for the gradients of the states (less in the first layer, as
-nothing below it is trained) and 2 for each weight of LoRA and token, for its own gradient.
+nothing below it is trained) and 2 for each weight of LoRA and token, for its own gradient. (Of models without windows.)
 """
 import argparse
 import json
@@ -34,12 +36,19 @@ import common
 import finetune
 import tiny
 
-SHAPES = {
-    "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=500),
-    "40m": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408, vocab_size=32000,
-                tie_word_embeddings=True),
-    "llama3-8b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                      intermediate_size=14336, vocab_size=128256),
+SHAPES = {  # configuration class, sizes
+    "tiny": ("LlamaConfig", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                                 vocab_size=500)),
+    "40m": ("LlamaConfig", dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1408,
+                                vocab_size=32000, tie_word_embeddings=True)),
+    "gemma3": ("Gemma3TextConfig", dict(hidden_size=512, num_hidden_layers=12, num_attention_heads=4, head_dim=128,
+                                        num_key_value_heads=1, intermediate_size=1408, vocab_size=32000,
+                                        sliding_window=64)),
+    "hybrid": ("Lfm2Config", dict(hidden_size=512, num_hidden_layers=9, num_attention_heads=8, num_key_value_heads=4,
+                                  intermediate_size=1408, vocab_size=32000,
+                                  layer_types=["conv", "conv", "full_attention"] * 3)),
+    "llama3-8b": ("LlamaConfig", dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                                      num_key_value_heads=8, intermediate_size=14336, vocab_size=128256)),
 }
 ANSWERS = ["ĠYes", "ĠNo"]
 
@@ -63,10 +72,10 @@ def main(argv=None):
     scorer, heads = build(args)
     users = make_users(rng, args.users, args.history, args.candidates)
     if "score" in args.only:
-        score_case(args, scorer, heads, users, ["one_at_a_time", "batched", "packed"], case="score")
+        score_case(args, scorer, heads, users, ["one_at_a_time", "batched", "shared"], case="score")
     for n in args.sweep if "candidates" in args.only else []:
         few = make_users(rng, math.ceil(10 / n), args.history, n)
-        score_case(args, scorer, heads, few, ["batched", "packed"], case="candidates", candidates=n)
+        score_case(args, scorer, heads, few, ["batched", "shared"], case="candidates", candidates=n)
     if "embed" in args.only:
         embed_case(args, scorer, heads, users)
     if "train" in args.only:
@@ -74,20 +83,22 @@ def main(argv=None):
 
 
 def build(args):
-    """A Scorer of a Llama with random weights, and its two LM heads: the whole one and that of two rows."""
+    """A Scorer of a model with random weights, and its two LM heads: the whole one and that of two rows."""
     tokenizer = tiny.byte_level()
-    config = transformers.LlamaConfig(max_position_embeddings=8192, use_cache=False, **SHAPES[args.shape])
+    config_class, sizes = SHAPES[args.shape]
+    config = getattr(transformers, config_class)(max_position_embeddings=8192, use_cache=False, **sizes)
     torch.manual_seed(0)
     with torch.device(args.device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
     whole = model.requires_grad_(False).lm_head
     answers = tokenizer.convert_tokens_to_ids(ANSWERS)
-    common.replace_head(model, answers)
+    common.cut_head(model, answers)
     whole.register_forward_hook(lambda module, inputs, logits: logits[..., answers].float())
     max_tokens = args.max_tokens or (1024 if args.device == "cpu" else 8192)
     scorer = common.Scorer(name=args.shape, model=model, tokenizer=tokenizer, type="prompt", family="causal",
-                           layout="packed", prompt=common.PROMPT, chat_template=False, pooling="last",
-                           dense=torch.nn.Sequential(), limit=8192, max_tokens=max_tokens, pad=0)
+                           layout=common.layout_of(config, "causal", False), prompt=common.PROMPT, chat_template=False,
+                           answers=[0, 1], pooling="last", dense=torch.nn.Sequential(), lower_case=False, limit=8192,
+                           max_tokens=max_tokens, pad=0)
     return scorer, {"whole": whole, "two": model.lm_head}
 
 
@@ -109,7 +120,7 @@ def use(scorer, heads, way):
     base = scorer.model.get_base_model() if hasattr(scorer.model, "get_base_model") else scorer.model
     base.lm_head = heads["whole" if way in ("one_at_a_time", "padded") else "two"]
     max_tokens = {"one_at_a_time": 1, "padded": 10**9}.get(way, scorer.max_tokens)
-    return scorer._replace(layout="packed" if way == "packed" else "padded", max_tokens=max_tokens)
+    return scorer._replace(layout=scorer.layout if way == "shared" else "padded", max_tokens=max_tokens)
 
 
 def race(args, ways, run):
@@ -127,15 +138,15 @@ def race(args, ways, run):
             if "cuda" in args.device:
                 torch.cuda.synchronize()
             best[way] = min(best.get(way, math.inf), time.perf_counter() - start)
-            peaks[way] = common.peak_memory_gb(args.device)
+            peaks[way] = common.peak_memory_gb()
         except torch.OutOfMemoryError:
-            if way == "packed":
+            if way == "shared":
                 raise
             best[way] = math.inf
     return best, answers, peaks
 
 
-def report(args, samples, ways, run, rows, unpacked, model, training=False, **first):
+def report(args, samples, ways, run, rows, unshared, scorer, training=False, **first):
     """Time the ways, run(way) returns scores or gradients, and print the case."""
     times, answers, peaks = race(args, ways, run)
     size = 256 if args.shape == "tiny" else 8192 if "cuda" in args.device else 2048
@@ -144,14 +155,15 @@ def report(args, samples, ways, run, rows, unpacked, model, training=False, **fi
     product, _, _ = race(args, ["product"] * 10, lambda way: a @ b)
     gflops = 2e-9 * size**3 / product["product"]
     rates = {way: samples / seconds for way, seconds in times.items()}
-    differences = [np.abs(answer - answers["packed"]).max() for answer in answers.values() if answer is not None]
+    differences = [np.abs(answer - answers["shared"]).max() for answer in answers.values() if answer is not None]
+    model, layout = scorer.model, scorer.layout
     tokens = sum(map(common.row_length, rows))
     one = rates.get("one_at_a_time")
     print(json.dumps({
-        **first, **rates, "packed_over_one": rates["packed"] / one if one else None,
-        "max_abs_diff": float(max(differences)), "tokens_unpacked": unpacked, "tokens_packed": tokens,
-        "tokens_per_s": tokens / times["packed"], "peak_memory_gb": peaks["packed"],
-        "matmul_share": operations(model, rows, training) / times["packed"] / gflops / 1e9, "gflops": gflops,
+        **first, **rates, "layout": layout, "shared_over_one": rates["shared"] / one if one else None,
+        "max_abs_diff": float(max(differences)), "tokens_unshared": unshared, "tokens_scored": tokens,
+        "tokens_per_s": tokens / times["shared"], "peak_memory_gb": peaks["shared"],
+        "matmul_share": operations(model, rows, training) / times["shared"] / gflops / 1e9, "gflops": gflops,
         "device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu",
         "threads": torch.get_num_threads()}), flush=True)
 
@@ -186,7 +198,7 @@ def score_case(args, scorer, heads, users, ways, **first):
 
     def run(way):
         return np.concatenate(common.score_prompts(use(scorer, heads, way), users)[0])
-    report(args, sum(map(len, per_user)), ways, run, rows, sum(map(len, sum(per_user, []))), scorer.model, **first)
+    report(args, sum(map(len, per_user)), ways, run, rows, sum(map(len, sum(per_user, []))), scorer, **first)
 
 
 def embed_case(args, scorer, heads, users):
@@ -206,13 +218,13 @@ def embed_case(args, scorer, heads, users):
             with torch.inference_mode():
                 vectors = common.embed(scorer, texts).cpu().numpy()
             return np.array([a @ b for a, b in zip(vectors[::2], vectors[1::2])])
-        if way == "packed":
+        if way == "shared":
             return np.concatenate(common.score_embeddings(scorer, users, {})[0])
         hook = scorer.model.register_forward_hook(every_logit)
         scores = np.concatenate(common.score_embeddings(scorer._replace(max_tokens=1), users, {})[0])
         hook.remove()
         return scores
-    report(args, len(pairs), ["one_at_a_time", "batched", "packed"], run, rows, sum(map(len, texts)), scorer.model,
+    report(args, len(pairs), ["one_at_a_time", "batched", "shared"], run, rows, sum(map(len, texts)), scorer,
            case="embed")
 
 
@@ -238,10 +250,10 @@ def train_cases(args, scorer, heads, users):
             finetune.train_step(use(scorer, heads, way), optimizer, train, batch)
             gradients = torch.cat([p.grad.float().flatten() for p in parameters])
             return (gradients / gradients.abs().max()).cpu().numpy()
-        unpacked = sum(len(ids) for prompts in per_user.values() for ids in prompts)
-        report(args, len(batch), ways, run, rows, unpacked, scorer.model, training=True, case=name)
-    case("train", ["one_at_a_time", "padded", "batched", "packed"], options.batch_size)
-    case("train_all", ["packed"], sum(len(labels) for _, labels in train))
+        unshared = sum(len(ids) for prompts in per_user.values() for ids in prompts)
+        report(args, len(batch), ways, run, rows, unshared, scorer, training=True, case=name)
+    case("train", ["one_at_a_time", "padded", "batched", "shared"], options.batch_size)
+    case("train_all", ["shared"], sum(len(labels) for _, labels in train))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def score_with_project(scorer, users):
 
 def read_users(args, scorer):
     """The first --users users of the test split, with the texts of their items and of their prompts."""
-    users, items = common.read_users(args.data, args.test, "test", args.users)
-    users = [common.with_texts(user, items) for user in users]
+    data = common.read_dataset(args.data, args.test, "test")
+    users = [common.with_texts(user, data.items) for user in data.splits["test"][:args.users]]
     for user in users:
         user["prompts"] = common.candidate_prompts(scorer.prompt, user["history"], user["candidates"])
     return users
@@ -198,7 +198,8 @@ def compare_scoring(args, users):
 
 def first_samples(args):
     """The users of the first BATCH samples of the test split, and the texts of the items."""
-    users, items = common.read_users(args.data, args.test, "test", args.users)
+    data = common.read_dataset(args.data, args.test, "test")
+    users, items = data.splits["test"][:args.users], data.items
     chosen, room = [], BATCH
     for user in users:
         few = {**user, "candidates": user["candidates"][:room], "labels": user["labels"][:room]}
@@ -340,13 +341,13 @@ def report(device, case, name, samples, tokens, seconds, difference):
 
 
 def main(argv=None):
-    parser = common.Parser(__doc__, "peers.py")
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder of a decoder-only model")
     add("--test", required=True, metavar="DATASET", help="a prepared dataset")
-    add("--users", type=common.positive_number, default=16, help="so many users of its test split")
-    add("--rounds", type=common.positive_number, default=3, help="turns of every way")
-    add("--steps", type=common.whole_number, default=2, help="training steps per round; 0: scoring only")
+    add("--users", type=common.positive_int, default=16, help="so many users of its test split")
+    add("--rounds", type=common.positive_int, default=3, help="turns of every way")
+    add("--steps", type=int, default=2, help="training steps per round; 0: scoring only")
     add("--bfloat16", action="store_true", help="compare scores in bfloat16 with those in float32")
     common.shared_arguments(parser)
     args = parser.parse_args(argv)

@@ -52,7 +52,7 @@ SIZES = {  # by the names that configurations have for them
     8: "head_dim swa_head_dim d_head d_kv dim_head qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_size "
        "attention_head_dim kv_channels linear_key_head_dim linear_value_head_dim linear_head_dim mamba_d_state "
        "ssm_state_size state_size mamba_head_dim rotary_dim pronunciation_embed_dim shape_embed_dim",
-    16: "q_lora_rank kv_lora_rank o_lora_rank qk_head_dim num_latents",
+    16: "q_lora_rank kv_lora_rank o_lora_rank qk_head_dim num_latents sliding_window attention_chunk_size window_size",
     2048: "max_position_embeddings n_positions max_seq_len max_target_positions max_source_positions "
           "max_encoder_position_embeddings max_decoder_position_embeddings",
     10: "entity_vocab_size pronunciation_vocab_size shape_vocab_size",
@@ -175,18 +175,17 @@ KINDS = {
 
 
 def list_architectures():
-    """(kind, model type, no changes) of every class, then the variants.
+    """(kind, model type, no changes) of every type, then the variants.
 
-    Masked models come last, since some of that mapping are encoder-decoders of the second.
+    Masked models come last, since some classes of that mapping are encoder-decoders of the second.
     """
-    found, seen = [], set()
+    found, seen = [], {}
     for kind in ("causal", "seq2seq", "masked"):
         for name, class_name in KINDS[kind].names.items():
             if "WithLMHead" in class_name and kind == "causal":  # XLM, which is masked but for a variant; Reformer
                 continue
-            if class_name not in seen:
+            if seen.setdefault(class_name, kind) == kind:
                 found.append((kind, name, {}))
-            seen.add(class_name)
     return found + VARIANTS
 
 
@@ -293,14 +292,14 @@ TRUTH = {"prompt": true_prompt_scores, "embed": true_embedding_scores}
 
 
 class Outcome(NamedTuple):
-    how: str  # "packed", "padded", "equal", "refused", "not built", "wrong" or "traceback"
+    how: str  # "packed", "cached", "padded", "equal", "alone", "refused", "not built", "wrong" or "traceback"
     detail: str
     errors: dict  # {way of scoring: largest error, as a share of the spread of the true scores}
 
 
 def load(folder, score_type, dtype):
     """(scorer, what it printed). Raises UserError."""
-    parser = common.Parser("")
+    parser = common.argument_parser("")
     parser.add_argument("--model")
     common.shared_arguments(parser)
     flags = ["--model", str(folder), "--type", score_type, "--device", "cpu", "--dtype", dtype]
@@ -343,10 +342,9 @@ def examine(folder, kind, name, changes, score_type, dtype):
     try:
         scorer, printed = load(folder, score_type, dtype)
         ways = {scorer.layout: scores_of(scorer)}
-        leak = 0.0
-        if scorer.layout == "packed":
-            ways["padded"] = scores_of(scorer._replace(layout="padded"))
-            leak = leak_of(scorer)
+        leak = leak_of(scorer) if scorer.layout == "packed" else 0.0
+        if scorer.layout == "cached":  # so it is trained
+            ways["equal"] = scores_of(scorer._replace(layout="equal"))
         ways["alone"] = scores_of(scorer._replace(layout="equal", max_tokens=1))
     except common.UserError as error:
         return Outcome("refused", one_line(error, folder), {})
@@ -364,6 +362,9 @@ def examine(folder, kind, name, changes, score_type, dtype):
     if leak > 0:  # a test of its own, since the rounding of bfloat16 can hide it
         return Outcome("wrong", f"a candidate moves the scores beside it by {leak:.2g}", errors)
     how = scorer.layout if max(errors.values()) <= allowed else "wrong"
+    listed = common.layout_of(scorer.model.config, scorer.family, score_type == "embed")
+    if how != listed and how != "wrong":
+        how = "wrong" if dtype == "float32" else "alone"  # rounding of bfloat16 may look like a wrong layout
     return Outcome(how, one_line(printed, folder), errors)
 
 
@@ -387,7 +388,13 @@ def test_scores_are_those_of_transformers_or_refused_in_one_line(models, kind, n
     outcome = examine(folder, kind, name, changes, score_type, dtype)
     if outcome.how == "not built":
         pytest.skip(outcome.detail)
-    assert outcome.how in ("packed", "padded", "equal", "refused"), outcome
+    assert outcome.how in ("packed", "cached", "padded", "equal", "alone", "refused"), outcome
+
+
+def test_every_listed_type_is_one_that_is_examined_here():
+    examined = set(CONFIG_MAPPING) & {name for kind in KINDS.values() for name in kind.names}
+    for listed in (common.PACKED, common.CACHED, common.PADDED):
+        assert len(listed) == len(set(listed)) and set(listed) <= examined
 
 
 def main():

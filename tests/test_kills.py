@@ -16,7 +16,7 @@ import tiny
 from test_evaluate import write_dataset
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("mind", "pens")
+pytestmark = pytest.mark.slow
 
 
 def start(command):
@@ -35,10 +35,17 @@ def finish(command):
     return time.monotonic() - started
 
 
-def killed_and_finished(command, out, seconds, kills, seed):
-    """Kill runs of a command at random moments, then let it end."""
+def check(out, command, names, seed, kills=25):
+    """The files of these names in the folder out are the same after a run of command and after runs that were killed.
+
+    Returns the names of all files there but for what a kill leaves half written.
+    """
+    command = [*command, "--out", out]
+    seconds = finish(command)
+    wanted = [(out / name).read_bytes() for name in names]
+    shutil.rmtree(out)
     rng = random.Random(seed)
-    killed = 0
+    n_killed = 0
     for _ in range(kills):
         process = start(command)
         try:
@@ -46,57 +53,37 @@ def killed_and_finished(command, out, seconds, kills, seed):
             shutil.rmtree(out)  # it was done before
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            killed += 1
+            n_killed += 1
         process.communicate()
         if rng.random() < 0.2:  # from the beginning, too
             shutil.rmtree(out, ignore_errors=True)
     finish(command)
-    return killed
+    assert n_killed and wanted == [(out / name).read_bytes() for name in names]
+    return sorted(name for name in os.listdir(out) if not name.startswith(".") and not name.endswith(".tmp"))
 
 
-def contents(folder, names):
-    """The bytes of files in a folder."""
-    return {name: Path(folder, name).read_bytes() for name in names}
+def test_prepare_data(tmp_path):
+    command = ["prepare_data.py", "movielens", "--raw", ROOT / "tests/raw"]
+    names = [f"movielens/{name}" for name in ("items.jsonl", "test.jsonl", "meta.json")]
+    assert check(tmp_path / "out", command, names, 1) == ["movielens"]
+    assert len(os.listdir(tmp_path / "out/movielens")) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [25])
-def test_prepare_data(tmp_path, kills):
-    command = ["prepare_data.py", "movielens", "--raw", ROOT / "tests/raw", "--out"]
-    seconds = finish([*command, tmp_path / "whole"])
-    killed = killed_and_finished([*command, tmp_path / "killed"], tmp_path / "killed", seconds, kills, 1)
-    names = sorted(path.name for path in Path(tmp_path, "whole/movielens").iterdir())
-    assert killed and contents(tmp_path / "whole/movielens", names) == contents(tmp_path / "killed/movielens", names)
-    assert [path.name for path in Path(tmp_path, "killed").iterdir()] == ["movielens"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [25])
-def test_evaluate(tmp_path, kills):
+def test_evaluate(tmp_path):
     write_dataset(tmp_path / "data", "mind", 600)
     model = tiny.build("llama", tmp_path / "model")
-    command = ["evaluate.py", "--data", tmp_path / "data", "--model", model, "--test", "mind", "--device", "cpu", "--out"]
-    seconds = finish([*command, tmp_path / "whole"])
-    killed = killed_and_finished([*command, tmp_path / "killed"], tmp_path / "killed", seconds, kills, 2)
-    names = ["mind.scores.jsonl"]
-    assert killed and contents(tmp_path / "whole", names) == contents(tmp_path / "killed", names)
-    assert sorted(os.listdir(tmp_path / "killed")) == ["mind.json", "mind.scores.jsonl"]
+    command = ["evaluate.py", "--data", tmp_path / "data", "--model", model, "--test", "mind", "--device", "cpu"]
+    assert check(tmp_path / "out", command, ["mind.scores.jsonl"], 2) == ["mind.json", "mind.scores.jsonl"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [25])
-def test_transfer_matrix(tmp_path, kills):
-    for name in NAMES:
-        users = write_dataset(tmp_path / "data", name, 40)
+def test_transfer_matrix(tmp_path):
+    for name in ("mind", "pens"):
+        write_dataset(tmp_path / "data", name, 40)
         folder = tmp_path / "data" / name
         lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
         (folder / "train.jsonl").write_text("".join(lines[:30]))
         (folder / "valid.jsonl").write_text("".join(lines[30:]))
-        assert len(users) == 40
     model = tiny.build("llama", tmp_path / "model")
-    command = ["transfer_matrix.py", "--data", tmp_path / "data", "--model", model, "--sources", *NAMES, "--targets",
-               *NAMES, "--device", "cpu", "--finetune-args=--epochs 2 --lr 1e-3", "--out"]
-    seconds = finish([*command, tmp_path / "whole"])
-    killed = killed_and_finished([*command, tmp_path / "killed"], tmp_path / "killed", seconds, kills, 3)
-    names = ["matrix.csv", "matrix.md", "matrix.svg"]
-    assert killed and contents(tmp_path / "whole", names) == contents(tmp_path / "killed", names)
+    command = ["transfer_matrix.py", "--data", tmp_path / "data", "--model", model, "--sources", "mind", "pens",
+               "--targets", "mind", "pens", "--device", "cpu", "--finetune-args=--epochs 2 --lr 1e-3"]
+    check(tmp_path / "out", command, ["matrix.csv", "matrix.md", "matrix.svg"], 3)

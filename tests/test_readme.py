@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"prepare_data.py": prepare_data, "finetune.py": finetune, "evaluate.py": evaluate,
            "transfer_matrix.py": transfer_matrix}
-MOVIELENS = ROOT.parent / "shared" / "raw" / "movielens"
+RAW = ROOT.parent / "shared" / "raw"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the README's walk; here the demo's model takes its place
 
 
@@ -44,27 +44,29 @@ def test_command_parses(command):
 
 
 def test_commands_run(tmp_path, monkeypatch):
+    """Those for the demo and, where the raw files are at hand, MovieLens and Steam; with less training."""
     monkeypatch.chdir(tmp_path)
-    if MOVIELENS.exists():
-        shutil.copytree(MOVIELENS, "raw/movielens")
+    if RAW.exists():
+        shutil.copytree(RAW, "raw")
     ran = 0
     for script, *argv in commands():
-        walk = "movielens" in argv and MOVIELENS.exists() and len(argv) < 15 and "--from-recbench" not in argv
+        real = RAW.exists() and ({"movielens", "steam"} & set(argv)) and "hm" not in argv and "recbench-md" not in argv
         demo = "demo" in argv or "data/demo-model" in argv
-        if not (walk or demo) or "mind" in argv:
+        if not (real or demo):
             continue
         argv = ["data/demo-model" if word == HUB_MODEL else word for word in argv]
         if script == "finetune.py":
             argv += ["--epochs", "1"]
         if script == "evaluate.py":
             argv += ["--limit-users", "40"]
-        if script == "transfer_matrix.py":  # the others are more of it
+        if script == "transfer_matrix.py":  # the other sources are more of the same
             argv = [re.sub(r"^--finetune-args=.*", "--finetune-args=--epochs 1", word) for word in argv]
             argv += ["--evaluate-args=--limit-users 40"]
-            argv[argv.index("--sources") + 1:argv.index("--targets")] = ["news-a", "news-a+shop"]
+            sources = ["steam"] if real else ["news-a", "news-a+shop"]
+            argv[argv.index("--sources") + 1:argv.index("--targets")] = sources
         assert common.run_script(SCRIPTS[script].main, argv) == 0, argv
         ran += 1
-    assert ran >= (11 if MOVIELENS.exists() else 5)
+    assert ran >= (9 if RAW.exists() else 5)
     assert {path.suffix for path in Path("demo").glob("matrix.*")} == {".json", ".csv", ".md", ".svg"}
 
 

@@ -20,8 +20,8 @@ def make_users():
     users = [{"user": str(n), "history": FILMS[n:n + 5], "candidates": FILMS[n + 5:] + FILMS[:n]} for n in range(3)]
     data = os.environ.get("RECBENCH_DATA")
     if data:
-        split, items = common.read_users(data, "movielens", "test", 10)
-        users += [common.with_texts(user, items) for user in split]
+        movielens = common.read_dataset(data, "movielens", "test")
+        users += [common.with_texts(user, movielens.items) for user in movielens.splits["test"][:10]]
     return users
 
 
@@ -29,7 +29,7 @@ def make_users():
 def test_scores_are_the_differences_of_log_likelihoods_of_another_engine():
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     instance = pytest.importorskip("lm_eval.api.instance")
-    parser = common.Parser("")
+    parser = common.argument_parser("")
     parser.add_argument("--model")
     common.shared_arguments(parser)
     scorer = common.load_scorer(parser.parse_args(["--model", FOLDER, "--device", "cpu", "--dtype", "float32"]))

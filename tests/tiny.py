@@ -63,7 +63,7 @@ FAMILIES = {  # name: (configuration class, language model class, arguments)
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(GROUPED, sliding_window=None)),
-    "mistral-window": ("MistralConfig", "MistralForCausalLM", dict(GROUPED, sliding_window=16)),
+    "mistral-window": ("MistralConfig", "MistralForCausalLM", dict(GROUPED, sliding_window=8)),
     "phi": ("PhiConfig", "PhiForCausalLM", SIZE),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", GROUPED),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)),
@@ -77,12 +77,21 @@ FAMILIES = {  # name: (configuration class, language model class, arguments)
     "falcon-alibi": ("FalconConfig", "FalconForCausalLM", dict(SIZE, multi_query=True, alibi=True)),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", dict(GROUPED, sliding_window=512, query_pre_attn_scalar=8,
                                                         final_logit_softcapping=3.0)),
-    "gemma3-window": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(GROUPED, sliding_window=16,
-                                                                   query_pre_attn_scalar=8)),
+    "gemma3-window": ("Gemma3TextConfig", "Gemma3ForCausalLM",
+                      dict(GROUPED, sliding_window=16, query_pre_attn_scalar=8,
+                           layer_types=["sliding_attention", "full_attention"])),
+    "llama4-chunk": ("Llama4TextConfig", "Llama4ForCausalLM",
+                     dict(GROUPED, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=48,
+                          layer_types=["chunked_attention", "full_attention"])),
     "cohere": ("CohereConfig", "CohereForCausalLM", dict(GROUPED, logit_scale=3.0)),
     "granite": ("GraniteConfig", "GraniteForCausalLM", dict(GROUPED, logits_scaling=0.5, residual_multiplier=0.7)),
     "mpt": ("MptConfig", "MptForCausalLM", dict(d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=512)),
     "bloom": ("BloomConfig", "BloomForCausalLM", dict(hidden_size=32, n_head=4, n_layer=2)),
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", dict(GROUPED, layer_types=["conv", "full_attention"])),
+    "qwen3-next": ("Qwen3NextConfig", "Qwen3NextForCausalLM",
+                   dict(GROUPED, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
+                        linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=2,
+                        num_experts_per_tok=1, moe_intermediate_size=48, shared_expert_intermediate_size=48)),
     "bert": ("BertConfig", "BertForMaskedLM", SIZE),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", dict(SIZE, pad_token_id=0)),
     "t5": ("T5Config", "T5ForConditionalGeneration", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
@@ -91,11 +100,11 @@ FAMILIES = {  # name: (configuration class, language model class, arguments)
     "t5-encoder": ("T5Config", "T5EncoderModel", dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
 }
 PACKED = ["llama", "qwen2", "qwen3", "mistral", "phi", "phi3", "gpt2", "opt", "opt-350m", "glm4", "glm4-0414",
-          "gpt-neox", "falcon", "gemma2", "cohere", "granite"]
-UNPACKED = ["mpt", "bloom", "falcon-alibi", "mistral-window", "gemma3-window"]  # positions or window forbid packing
+          "gpt-neox", "falcon", "gemma2", "cohere", "granite", "mistral-window", "gemma3-window", "llama4-chunk"]
+CACHED = ["mpt", "bloom", "falcon-alibi", "lfm2", "qwen3-next"]  # a state, or ALiBi
+PADDED = ["bert", "roberta", "t5"]
 
-
-SCALE = {"t5": 2.0, "phi3": 8.0, "falcon": 14.0, "falcon-alibi": 20.0, "bloom": 9.0}  # others: 6
+SCALE = {"t5": 2.0, "phi3": 8.0, "falcon": 14.0, "falcon-alibi": 20.0, "bloom": 9.0, "lfm2": 8.0}  # others: 6
 
 
 def build(family, folder, tokenizer=None, **changes):
