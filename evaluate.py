@@ -44,18 +44,16 @@ def arguments(argv):
         help="other: score each user with the history of the next user; none: with an empty one")
     add("--against", metavar="RESULTS", help="print the paired differences from these results, too")
     common.shared_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.test == ["all"]:
-        args.test = common.prepared(args.data, args.split)
-        if not args.test:
-            raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = arguments(argv)
     run = common.read_run(args.adapter, args)
-    datasets = [common.read_dataset(args.data, name, args.split) for name in dict.fromkeys(args.test)]
+    names = common.prepared(args.data, args.split) if args.test == ["all"] else args.test
+    if not names:
+        raise UserError(f"no dataset with a {args.split} split in {args.data}; see prepare_data.py --help")
+    datasets = [common.read_dataset(args.data, name, args.split) for name in dict.fromkeys(names)]
     jobs = {data.name: job_of(args, data) for data in datasets}
     say_warnings(args, run, datasets)
     unfinished = [data for data in datasets if not is_finished(args, data.name, jobs[data.name])]

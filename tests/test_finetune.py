@@ -596,7 +596,7 @@ def gemma4(n_tokens):
 
 
 def lfm2(n_tokens):
-    """A hybrid, of the layout "cached"."""
+    """A hybrid, of the layout "cached", which does not go with --gradient-checkpointing."""
     config = transformers.Lfm2Config(vocab_size=n_tokens, layer_types=["conv", "full_attention"], **SMALL)
     return transformers.Lfm2ForCausalLM(config)
 
@@ -614,7 +614,7 @@ def test_without_lora_targets_an_adapter_trains_and_is_read_again(build, targets
     torch.manual_seed(0)
     build(len(tokenizer)).save_pretrained("model")
     tokenizer.save_pretrained("model")
-    result = finish("run", "--model", "model", *SHORT)
+    result = finish("run", "--model", "model", *SHORT, "--gradient-checkpointing")
     assert result["beats_base"] and len(losses("run")) == 3 and adapted("run") == targets
     base, _ = evaluated("base", "--model", "model")
     tuned, _ = evaluated("tuned", "--model", "model", "--adapter", "run")
