@@ -938,7 +938,8 @@ def check_config(config, name, embeds):
     saved_class = (config.architectures or ["CausalLM"])[0]
     no_lm = not embeds and not saved_class.endswith(LM_CLASSES)  # a classifier or reward model whose head would be tied
     if no_lm or config.model_type in UNUSABLE:
-        raise UserError(f"model {name} is a {saved_class}, which cannot be scored so here")
+        kind = "embed" if embeds else "prompt"
+        raise UserError(f"model {name} ({config.model_type}, {saved_class}) cannot be scored with --type {kind}")
 
 
 def layout_of(config, family, embeds):
