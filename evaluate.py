@@ -72,7 +72,9 @@ def main(argv=None):
             write_result(args, data, users, scorer, jobs[data.name], cost)
         except (UserError, torch.OutOfMemoryError) as error:  # the other datasets are still worth having
             say(f"error: {data.name}: {error}")
-            result_path(args.out, data.name).unlink(missing_ok=True)
+            result = result_path(args.out, data.name)
+            if result.exists():  # of before --overwrite: kept, but not taken for this one
+                os.replace(result, f"{result}.old")
             failed.append(data.name)
 
     results = [common.read_json(result_path(args.out, data.name)) for data in datasets if data.name not in failed]

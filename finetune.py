@@ -426,7 +426,8 @@ def save_run(args, scorer, run):
     Path(args.out, "run.json").unlink(missing_ok=True)  # the old run's: from here on the new one replaces it
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         os.replace(temporary / name, Path(args.out, name))
-    shutil.rmtree(temporary)
+    for path in Path(args.out).glob("adapter.*.tmp"):  # its own, and those of killed runs
+        shutil.rmtree(path)
     common.write_json(Path(args.out, "run.json"), run)
     for path in Path(args.out).glob("state.pt*"):  # with what killed runs have left half written
         path.unlink()
